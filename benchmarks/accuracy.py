@@ -1,0 +1,86 @@
+"""No green check, no number: every contender against float64 before it is timed."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.cases import SCALE, Batch, Case, make_weights
+
+# a contender may err so much more than nn.LSTM itself does in the same precision: sums of many
+# terms in another order differ by that much
+FACTOR = 4
+FLOOR_EPS = 16  # and never less than this many eps of the dtype
+
+
+@dataclass(frozen=True)
+class Result:
+    """Similarities [B] and the gradients of the mean squared error, by parameter."""
+
+    similarity: Tensor
+    gradients: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Largest errors against float64, each relative to the largest entry of its tensor."""
+
+    value: float
+    gradient: float
+
+
+def gold(case: Case, batch: Batch) -> Result:
+    """Compute a case in float64 without any padding: sentences of one length at a time."""
+    lstm, table = make_weights(case, batch.device)
+    lstm, table = lstm.double(), table.double()
+    ends: list[Tensor] = []
+    rows: list[Tensor] = []
+    for length in batch.host_lengths.unique().tolist():
+        some = (batch.lengths == length).nonzero()[:, 0]
+        states, _ = lstm(table[batch.steps[:length, some]])
+        ends.append(states[-1])
+        rows.append(some)
+    vectors = torch.cat(ends)[torch.cat(rows).argsort()]
+    u, v = vectors.chunk(2)
+    similarity = torch.exp(-SCALE * (u - v).abs().sum(dim=1))
+    return finish(similarity, lstm, batch)
+
+
+def run(model: nn.Module, batch: Batch) -> Result:
+    return finish(model(batch), model, batch)
+
+
+def finish(similarity: Tensor, model: nn.Module, batch: Batch) -> Result:
+    loss = (similarity - batch.target.to(similarity.dtype)).square().mean()
+    weights = {n.rpartition(".")[2]: p for n, p in model.named_parameters() if p.requires_grad}
+    gradients = torch.autograd.grad(loss, list(weights.values()))
+    return Result(similarity.detach(), dict(zip(weights, gradients, strict=True)))
+
+
+def error(actual: Tensor, expected: Tensor) -> float:
+    """Return the largest difference over the largest entry; NaN counts as infinite."""
+    difference = (actual.double() - expected).abs().max() / expected.abs().max()
+    return float("inf") if difference.isnan() else difference.item()
+
+
+def errors(model: nn.Module, batch: Batch, truth: Result) -> Errors:
+    """Measure a contender: values with and without gradients being recorded, and gradients."""
+    training = run(model, batch)
+    with torch.inference_mode():
+        scored = model(batch)
+    if training.gradients.keys() != truth.gradients.keys():
+        raise AssertionError(f"gradients of {list(training.gradients)}")
+    return Errors(
+        value=max(error(s, truth.similarity) for s in (scored, training.similarity)),
+        gradient=max(error(training.gradients[n], truth.gradients[n]) for n in truth.gradients),
+    )
+
+
+def fault(found: Errors, rival: Errors, dtype: torch.dtype) -> str | None:
+    """Say what is wrong with a contender's errors, given the main rival's; None if nothing."""
+    least = FLOOR_EPS * torch.finfo(dtype).eps
+    for name in ("value", "gradient"):
+        actual, limit = getattr(found, name), FACTOR * max(getattr(rival, name), least)
+        if not actual <= limit:
+            return f"{name} error {actual:.1e} against float64, more than {limit:.1e}"
+    return None

@@ -1,0 +1,5 @@
+"""`python -m fastsiam`: the same as the command `fastsiam`."""
+
+from fastsiam.cli import main
+
+main()

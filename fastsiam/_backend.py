@@ -1,0 +1,78 @@
+"""The only place that picks an implementation, and says why."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import NamedTuple
+
+import torch
+
+BACKENDS = ("auto", "triton", "torch", "lstm", "reference")
+MAX_TRITON_HIDDEN = 128
+TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Choice(NamedTuple):
+    """A backend and the reason it was picked."""
+
+    backend: str
+    reason: str
+
+
+def resolve_backend(
+    who: str, backend: str, device: torch.device, dtype: torch.dtype, H: int
+) -> Choice:
+    """Return the backend that runs, or raise if a named one cannot.
+
+    Args:
+        who: the caller's name, for the message.
+        backend: one of BACKENDS.
+        device: where the inputs are.
+        dtype: what the weights are computed in.
+        H: hidden size.
+
+    Raises:
+        ValueError: the name is unknown, or the named backend cannot take this call.
+        ImportError: "triton" was named and is not installed.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"{who}: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend not in ("auto", "triton"):
+        return Choice(backend, "named by the caller")
+    obstacle = _triton_obstacle(device, dtype, H)
+    if backend == "triton":
+        if importlib.util.find_spec("triton") is None:
+            raise ImportError(
+                f"{who}: backend 'triton' needs the package triton, which is not installed; "
+                "pip install triton (Linux), or pass backend='torch'"
+            )
+        if obstacle:
+            raise ValueError(f"{who}: {obstacle}; pass backend='torch'")
+        return Choice("triton", "named by the caller")
+    if device.type != "cuda":
+        return Choice("torch", f"inputs are on {device.type}, and triton's kernels run on cuda")
+    if obstacle:
+        return Choice("torch", obstacle)
+    if importlib.util.find_spec("triton") is None:
+        return Choice("torch", "triton is not installed")
+    return Choice("triton", "inputs are on cuda and the kernels cover this shape")
+
+
+def interpreted() -> bool:
+    """Return whether Triton's interpreter is on: kernels then run on CPU tensors, slowly."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _triton_obstacle(device: torch.device, dtype: torch.dtype, H: int) -> str:
+    """Return what keeps the kernels from this call, or an empty string."""
+    if H > MAX_TRITON_HIDDEN:
+        return f"H must be at most {MAX_TRITON_HIDDEN} for backend 'triton', got {H}"
+    if dtype not in TRITON_DTYPES:
+        return f"dtype must be float32, float16 or bfloat16 for backend 'triton', got {dtype}"
+    if device.type != "cuda" and not interpreted():
+        return (
+            f"backend 'triton' needs CUDA tensors, got {device.type} "
+            "(TRITON_INTERPRET=1, set before fastsiam is imported, runs the kernels interpreted)"
+        )
+    return ""

@@ -1,0 +1,386 @@
+"""The commands: parse, call, print."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Literal, cast
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from fastsiam import __version__
+from fastsiam.model import TextSiamese, UnavailableError
+from fastsiam.sample import write_sample
+from fastsiam.text.datasets import DataError, read_pairs
+from fastsiam.training.config import Config
+from fastsiam.training.data import Inputs
+from fastsiam.training.evaluate import Metrics, evaluate
+from fastsiam.training.loop import Result, train
+from fastsiam.training.report import EpochRecord
+
+WRONG_USE, BAD_DATA, ENVIRONMENT, INTERRUPTED = 2, 3, 4, 130
+EXIT_CODES = (
+    "Exit codes: 0 done; 2 wrong use (an option, a run folder that is not empty); 3 bad data (a "
+    "file that is missing, damaged or out of range); 4 environment (a package, device or backend "
+    "that this machine lacks, a disk that cannot be written); 130 interrupted."
+)
+EXAMPLES = 6  # pairs that `demo` prints
+
+app = typer.Typer(
+    name="fastsiam",
+    help="Score how similar two sentences are, with a Siamese LSTM.",
+    epilog=EXIT_CODES,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def main() -> None:
+    """Run the command line."""
+    app(prog_name="fastsiam")
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"fastsiam {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    pass
+
+
+Columns = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LEFT,RIGHT,SCORE",
+        help="Names of the two sentences and the score; SICK and STS headers need none.",
+    ),
+]
+ScoreRange = Annotated[
+    tuple[float, float] | None,
+    typer.Option(
+        metavar="LO HI", help="Lowest and highest score; by default the known header's, else 1 5."
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+ModelFolder = Annotated[
+    Path, typer.Argument(metavar="DIR", help="Folder that 'fastsiam train' wrote.")
+]
+
+
+@app.command("train", epilog=EXIT_CODES)
+def train_command(
+    train_file: Annotated[
+        Path, typer.Option("--train", metavar="FILE", help="Scored pairs to train on.")
+    ],
+    dev: Annotated[Path, typer.Option(metavar="FILE", help="Scored pairs that choose the epoch.")],
+    vectors: Annotated[
+        list[Path],
+        typer.Option(metavar="FILE", help="Word vectors; given more than once, they are joined."),
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Run folder, new or empty.")],
+    test: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Scored pairs to report on.")
+    ] = None,
+    pretrain: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Scored pairs to train on first, as many epochs; the best is the start.",
+        ),
+    ] = None,
+    epochs: Annotated[int, typer.Option(help="Passes over the pairs.")] = Config.epochs,
+    batch_size: Annotated[int, typer.Option(help="Pairs a step.")] = Config.batch_size,
+    hidden_size: Annotated[int, typer.Option(help="Size of the LSTM.")] = Config.hidden_size,
+    scale: Annotated[float, typer.Option(help="Factor on the L1 distance.")] = Config.scale,
+    forget_bias: Annotated[
+        float, typer.Option(help="Start of the forget gates' bias.")
+    ] = Config.forget_bias,
+    optimizer: Annotated[
+        str, typer.Option(metavar="adam|adadelta", help="Rule of the steps.")
+    ] = Config.optimizer,
+    lr: Annotated[
+        float | None,
+        typer.Option(
+            help="First learning rate, falls to 0 on a cosine.  [default: adam 2e-3, adadelta 1]"
+        ),
+    ] = None,
+    clip: Annotated[float, typer.Option(help="Largest gradient norm.")] = Config.clip,
+    max_len: Annotated[int, typer.Option(help="Tokens of a sentence that are read.")] = (
+        Config.max_len
+    ),
+    oov: Annotated[
+        str, typer.Option(metavar="zero|random", help="Vector of a word that no file has.")
+    ] = Config.oov,
+    spelling: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="JSON: word as written -> word in the vector files."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the start and the order of the pairs.")] = (
+        Config.seed
+    ),
+    backend: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="auto, triton, torch, lstm or reference."),
+    ] = Config.backend,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="cpu, cuda or cuda:0.  [default: cuda where there is one]"
+        ),
+    ] = None,
+    columns: Columns = None,
+    score_range: ScoreRange = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print the final table alone.")] = False,
+) -> None:
+    """Train on scored sentence pairs; --columns and --score-range hold for every file."""
+    with _exit_codes():
+        config = Config(
+            train=train_file,
+            dev=dev,
+            vectors=tuple(vectors),
+            out=out,
+            test=test,
+            pretrain=pretrain,
+            epochs=epochs,
+            batch_size=batch_size,
+            hidden_size=hidden_size,
+            scale=scale,
+            forget_bias=forget_bias,
+            optimizer=optimizer,
+            lr=lr,
+            clip=clip,
+            max_len=max_len,
+            oov=cast(Literal["zero", "random"], oov),
+            spelling=spelling,
+            columns=_split_columns(columns),
+            score_range=score_range,
+            seed=seed,
+            backend=backend,
+            device=device,
+        )
+        _train(config, quiet)
+        typer.echo(f"run folder: {out}")
+
+
+@app.command("evaluate", epilog=EXIT_CODES)
+def evaluate_command(
+    folder: ModelFolder,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Scored pairs.")],
+    columns: Columns = None,
+    score_range: ScoreRange = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare a model's scores with those of a file; the error is on the scale 1 to 5."""
+    with _exit_codes():
+        pairs = read_pairs(file, columns=_split_columns(columns), score_range=score_range)
+        result = evaluate(TextSiamese.from_pretrained(folder), pairs)
+        if as_json:
+            values = asdict(result.metrics)
+            # the reason is there only where a correlation is null
+            if not result.metrics.undefined:
+                del values["undefined"]
+            typer.echo(json.dumps(values))
+            return
+        _print_metrics({file.name: result.metrics})
+        typer.echo(
+            f"words without a vector: {result.unknown.total()} "
+            f"({len(result.unknown)} different); sentences cut: {result.truncated}"
+        )
+
+
+@app.command("similarity", epilog=EXIT_CODES)
+def similarity_command(
+    folder: ModelFolder,
+    left: Annotated[str, typer.Argument(metavar="SENTENCE")],
+    right: Annotated[str, typer.Argument(metavar="SENTENCE")],
+    as_json: AsJson = False,
+) -> None:
+    """Score two sentences, from 0 to 1 and on the scale of the model's training scores."""
+    with _exit_codes():
+        model = TextSiamese.from_pretrained(folder)
+        similarity = model.similarity(left, right)
+        score, (low, high) = model.to_score(similarity), model.score_range
+        unknown = list(model.vocabulary.encode([left, right], model.max_len).unknown)
+        if as_json:
+            values = {
+                "similarity": similarity,
+                "score": score,
+                "score_range": [low, high],
+                "unknown": unknown,
+            }
+            typer.echo(json.dumps(values, ensure_ascii=False))
+            return
+        typer.echo(f"similarity {similarity:.4f}  (score {score:.2f} on {low:g} to {high:g})")
+        if unknown:
+            typer.echo(f"words without a vector: {', '.join(unknown)}")
+
+
+@app.command("demo", epilog=EXIT_CODES)
+def demo_command(
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Keep the pairs and the run here; new or empty."),
+    ] = None,
+) -> None:
+    """Make sentence pairs and word vectors, train on them, and show what came of it."""
+    with _exit_codes():
+        with nullcontext(str(out)) if out else tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            if folder.exists() and any(folder.iterdir()):
+                raise ValueError(
+                    f"out must be a new or empty folder, got {folder} with files in it"
+                )
+            typer.echo("making sentence pairs and word vectors of a little world ...")
+            paths = write_sample(folder / "sample")
+            config = Config(
+                train=paths.train,
+                dev=paths.dev,
+                test=paths.test,
+                vectors=(paths.vectors,),
+                out=folder / "run",
+            )
+            _print_examples(_train(config, quiet=False))
+        if out is not None:
+            typer.echo(f'try: fastsiam similarity {out / "run"} "a boy rides" "a lad is riding"')
+
+
+class _Screen:
+    """How a run goes: a live bar on a terminal, a line an epoch elsewhere, nothing if quiet."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.quiet = quiet
+        console = Console()
+        self.lines = not console.is_terminal
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=quiet or self.lines,
+        )
+        self.task = self.progress.add_task("reading", total=None, figures="")
+
+    def on_start(self, inputs: Inputs, model: TextSiamese, pairs: int) -> None:
+        self.progress.update(self.task, total=pairs)
+        if self.quiet:
+            return
+        for phase, kept in inputs.phases.items():
+            self._say(f"{phase}: {len(kept)} pairs, {inputs.dropped[phase]} repeats dropped")
+        coverage = inputs.coverage
+        self._say(
+            f"words: {coverage.token_share:.1%} of the tokens have a vector; "
+            f"{coverage.types['missing']} different words have none"
+        )
+        if inputs.truncated:
+            self._say(f"sentences cut to {model.max_len} tokens: {inputs.truncated}")
+        self._say(f"backend: {model.lstm.explain()}")
+
+    def on_batch(self, pairs: int) -> None:
+        self.progress.advance(self.task, pairs)
+
+    def on_epoch(self, record: EpochRecord, best: bool) -> None:
+        figures = (
+            f"loss {record.loss:.4f}  dev Pearson {_number(record.dev_pearson)}  "
+            f"{record.pairs_per_s:.0f} pairs/s"
+        )
+        name = f"{record.phase} epoch {record.epoch}"
+        self.progress.update(self.task, description=name, figures=figures)
+        if self.lines and not self.quiet:
+            self._say(f"{name}: {figures}{'  best' if best else ''}")
+
+    def _say(self, line: str) -> None:
+        self.progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _train(config: Config, quiet: bool) -> Result:
+    screen = _Screen(quiet)
+    with screen.progress:
+        result = train(config, screen)
+    if result.interrupted:
+        best = result.best
+        kept = "of the first steps" if best is None else f"of epoch {best.epoch}, the best so far,"
+        typer.echo(f"fastsiam: interrupted; the model {kept} is in {config.out}", err=True)
+        raise typer.Exit(INTERRUPTED)
+    assert result.best is not None
+    best = result.best
+    dev = Metrics(len(result.inputs.dev), best.dev_pearson, best.dev_spearman, best.dev_mse)
+    rows = {f"dev (epoch {best.epoch})": dev}
+    if result.test is not None:
+        rows["test"] = result.test.metrics
+    _print_metrics(rows)
+    return result
+
+
+def _print_metrics(rows: Mapping[str, Metrics]) -> None:
+    table = Table("pairs of", "n", "Pearson", "Spearman", "MSE (1..5)")
+    for name, metrics in rows.items():
+        figures = map(_number, (metrics.pearson, metrics.spearman, metrics.mse))
+        table.add_row(name, str(metrics.n), *figures)
+    Console().print(table)
+    for name, metrics in rows.items():
+        if metrics.undefined:
+            typer.echo(f"{name}: no correlation: {metrics.undefined}")
+
+
+def _print_examples(result: Result) -> None:
+    pairs, test = result.inputs.test, result.test
+    assert pairs is not None
+    assert test is not None
+    order = sorted(range(len(pairs)), key=pairs.score.__getitem__)
+    typer.echo("\nheld-out pairs, with the score they have and the score they got:")
+    for i in (order[step * (len(order) - 1) // (EXAMPLES - 1)] for step in range(EXAMPLES)):
+        score = result.model.to_score(float(test.similarity[i]))
+        typer.echo(f"  {pairs.score[i]:.1f}  {score:.1f}  {pairs.left[i]} | {pairs.right[i]}")
+
+
+def _number(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.4f}"
+
+
+def _split_columns(columns: str | None) -> tuple[str, str, str] | None:
+    if columns is None:
+        return None
+    names = [name.strip() for name in columns.split(",")]
+    if len(names) != 3 or not all(names):
+        raise ValueError(f"columns must be LEFT,RIGHT,SCORE, got {columns!r}")
+    return names[0], names[1], names[2]
+
+
+@contextmanager
+def _exit_codes() -> Iterator[None]:
+    """Turn what the library raises into one line and an exit code."""
+    try:
+        yield
+        return
+    except KeyboardInterrupt:
+        code, message = INTERRUPTED, "interrupted"
+    except DataError as error:
+        code, message = BAD_DATA, str(error)
+    except OSError as error:
+        named = f"{error.filename}: " if error.filename else ""
+        code, message = ENVIRONMENT, f"{named}{error.strerror or error}"
+    except (ImportError, UnavailableError, torch.OutOfMemoryError) as error:
+        code, message = ENVIRONMENT, str(error)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        code, message = WRONG_USE, str(error)
+    typer.echo(f"fastsiam: {' '.join(message.split())}", err=True)
+    raise typer.Exit(code)

@@ -1,0 +1,185 @@
+"""Scored sentence pairs from files: SICK, STS, any CSV, TSV or JSON lines, and legacy pickles."""
+
+from __future__ import annotations
+
+import math
+import re
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+
+from fastsiam.text.files import DataError, check_file, short
+from fastsiam.text.legacy import pickle_rows
+from fastsiam.text.tables import find_columns, read_table
+
+__all__ = ["DataError", "Pairs", "drop_repeats", "read_pairs"]
+
+# headers that need no columns=: the two sentences, the score, and the range that its makers state
+KNOWN_HEADERS: dict[tuple[str, str, str], tuple[float, float]] = {
+    ("sentence_A", "sentence_B", "relatedness_score"): (1.0, 5.0),  # SICK
+    ("sentence1", "sentence2", "score"): (0.0, 5.0),  # STS
+}
+DEFAULT_RANGE = (1.0, 5.0)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Sentence pairs with a score, in the order of the file.
+
+    Attributes:
+        left: first sentence of each pair.
+        right: second sentence of each pair.
+        score: relatedness as written in the file, within `score_range`.
+        score_range: lowest and highest score of the scale.
+    """
+
+    left: list[str]
+    right: list[str]
+    score: list[float]
+    score_range: tuple[float, float]
+
+    def __len__(self) -> int:
+        return len(self.score)
+
+    @property
+    def similarity(self) -> list[float]:
+        """The scores mapped to 0..1: what a model's similarity is regressed on."""
+        low, high = self.score_range
+        return [(score - low) / (high - low) for score in self.score]
+
+
+def read_pairs(
+    path: str | PathLike[str],
+    *,
+    columns: tuple[str, str, str] | None = None,
+    score_range: tuple[float, float] | None = None,
+) -> Pairs:
+    """Read scored sentence pairs; the kind of file is told by its content.
+
+    Tab-separated text is taken as it is (a quotation mark is a character), comma-separated text is
+    quoted CSV; both have a header line. JSON lines are objects with the columns as keys. A pickle
+    holds a list of `[sentence, sentence, score, ...]` and is read without running anything in it.
+
+    Args:
+        path: the file, UTF-8.
+        columns: names of the two sentences and the score; not needed for the headers of SICK
+            (`sentence_A`, `sentence_B`, `relatedness_score`) and STS (`sentence1`, `sentence2`,
+            `score`). The case of letters does not matter. A pickle has no names.
+        score_range: lowest and highest score; by default that of a known header, else 1 to 5.
+
+    Returns:
+        The pairs, at least one.
+
+    Raises:
+        DataError: the file cannot be read, lacks a column, or has a line that is not two sentences
+            and a score within the range.
+        ValueError: `score_range` is not two finite numbers, the lower first, or `columns` is not
+            three names.
+    """
+    if columns is not None and (isinstance(columns, str) or len(columns) != 3):
+        raise ValueError(f"read_pairs: columns must be three names, got {columns!r}")
+    if score_range is not None:
+        low, high = score_range
+        if not (math.isfinite(low) and math.isfinite(high) and low < high):
+            raise ValueError(
+                f"read_pairs: score_range must be two numbers, the lower first, got {low} {high}"
+            )
+    path = check_file(path)
+    data = path.read_bytes()
+    if path.suffix in (".p", ".pkl", ".pickle") or data.startswith((b"(lp", b"\x80")):
+        rows, limits = pickle_rows(path, data), DEFAULT_RANGE
+    else:
+        header, table = read_table(path, data)
+        names, limits = _choose_columns(path, header, columns)
+        rows = ((where, [row[name] for name in names]) for where, row in table)
+    low, high = score_range or limits
+    pairs = Pairs([], [], [], (float(low), float(high)))
+    for where, (left, right, score) in rows:
+        pairs.left.append(_sentence(where, left))
+        pairs.right.append(_sentence(where, right))
+        pairs.score.append(_score(where, score, pairs.score_range))
+    if not pairs.score:
+        raise DataError(f"{path}: no sentence pair in the file")
+    return pairs
+
+
+def drop_repeats(train: Pairs, held_out: Pairs) -> tuple[Pairs, int]:
+    """Leave out the training pairs that the held-out part holds too.
+
+    Two pairs are the same when their sentences, in either order, are equal after lower-casing and
+    removing punctuation.
+
+    Args:
+        train: pairs to filter.
+        held_out: pairs to be scored later.
+
+    Returns:
+        The pairs of `train` that are not in `held_out`, in order, and how many were dropped.
+    """
+    held = {_pair_key(*pair) for pair in zip(held_out.left, held_out.right, strict=True)}
+    keep = [
+        index
+        for index, pair in enumerate(zip(train.left, train.right, strict=True))
+        if _pair_key(*pair) not in held
+    ]
+    kept = Pairs(
+        [train.left[index] for index in keep],
+        [train.right[index] for index in keep],
+        [train.score[index] for index in keep],
+        train.score_range,
+    )
+    return kept, len(train) - len(kept)
+
+
+def _pair_key(left: str, right: str) -> tuple[str, ...]:
+    plain = (" ".join(re.sub(r"[^\w\s]", "", text.lower()).split()) for text in (left, right))
+    return tuple(sorted(plain))
+
+
+def _choose_columns(
+    path: Path, header: Sequence[str], columns: tuple[str, str, str] | None
+) -> tuple[list[str], tuple[float, float]]:
+    """Return the header's names of the two sentences and the score, and the default range."""
+    shown = textwrap.shorten(", ".join(header), 200, placeholder=" ...")
+    chosen = find_columns(header, columns) if columns else None
+    for known, limits in KNOWN_HEADERS.items():
+        found = find_columns(header, known)
+        if None not in found and chosen in (None, found):
+            return [name for name in found if name is not None], limits
+    if columns is None or chosen is None:
+        raise DataError(
+            f"{path}: the header is none of the known ones; name the two sentences and the score "
+            f"(columns=, --columns LEFT,RIGHT,SCORE); the columns are {shown}"
+        )
+    names = []
+    for wanted, name in zip(columns, chosen, strict=True):
+        if name is None:
+            raise DataError(f"{path}: no column {wanted!r}; the columns are {shown}")
+        names.append(name)
+    return names, DEFAULT_RANGE
+
+
+def _sentence(where: str, value: object) -> str:
+    if isinstance(value, bytes):
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{where}: must be UTF-8 text, got {short(value)}") from error
+    if not isinstance(value, str):
+        raise DataError(f"{where}: a sentence must be text, got {short(value)}")
+    return value
+
+
+def _score(where: str, value: object, limits: tuple[float, float]) -> float:
+    try:
+        if isinstance(value, bool) or not isinstance(value, (int, float, str, bytes)):
+            raise ValueError
+        score = float(value)
+    except (ValueError, OverflowError):
+        raise DataError(f"{where}: the score must be a number, got {short(value)}") from None
+    low, high = limits
+    if not low <= score <= high:  # also refuses NaN
+        raise DataError(f"{where}: the score must be from {low:g} to {high:g}, got {short(value)}")
+    return score

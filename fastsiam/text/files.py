@@ -1,0 +1,29 @@
+"""Checks shared by everything that reads a file of the user's."""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+
+
+class DataError(ValueError):
+    """A file whose content cannot be used; the message names it and, where known, the line."""
+
+
+def check_file(path: str | PathLike[str]) -> Path:
+    """Return `path` if it is a file that can be read and is not empty, else raise DataError."""
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            first = file.read(1)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    if not first:
+        raise DataError(f"{path}: the file is empty")
+    return path
+
+
+def short(value: object) -> str:
+    """Return what came, for a message: at most 60 characters."""
+    shown = repr(value)
+    return shown if len(shown) <= 60 else shown[:57] + "..."

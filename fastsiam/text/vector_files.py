@@ -1,0 +1,195 @@
+"""Files of word vectors: told by content, streamed, and cut to the words asked for."""
+
+from __future__ import annotations
+
+import gzip
+import math
+import tempfile
+import zlib
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from fastsiam.text.files import DataError, check_file
+
+_PROBE_BYTES = 1 << 20  # enough for a header and one vector of any size in use
+_NORM_RECORDS = 1000  # vectors whose mean length stands for the file's
+
+
+@dataclass(frozen=True)
+class VectorFile:
+    """What a file holds of the words asked for.
+
+    Attributes:
+        vectors: word as in the file -> its vector, [dim] float32.
+        dim: size of a vector.
+        norm: typical length: the mean of the file's first 1000 vectors.
+    """
+
+    vectors: dict[str, Tensor]
+    dim: int
+    norm: float
+
+
+@dataclass(frozen=True)
+class _Layout:
+    binary: bool
+    header: bool
+    count: float  # infinite where no header says it
+    dim: int
+
+
+def read_vectors(
+    path: str | PathLike[str], wanted: Collection[str], limit: int | None = None
+) -> VectorFile:
+    """Read the vectors of some words.
+
+    gensim reads whole files, tells gzip by the name and needs a header; so the wanted records go to
+    a small file first, which gensim loads.
+
+    Args:
+        path: word2vec binary or text, or GloVe text, plain or gzip.
+        wanted: words to look for, as written in the file.
+        limit: reads only the first `limit` vectors; None reads all.
+
+    Returns:
+        The vectors of the words that are there.
+
+    Raises:
+        DataError: not such a file, damaged, or a vector that is not finite.
+        ImportError: gensim is not installed.
+    """
+    try:
+        from gensim.models import KeyedVectors
+    except ImportError as error:
+        message = "load_vectors: gensim is missing; install it with: pip install gensim"
+        raise ImportError(message) from error
+    path = check_file(path)
+    try:
+        with path.open("rb") as file:
+            zipped = file.read(2) == b"\x1f\x8b"
+        with gzip.open(path) if zipped else path.open("rb") as stream:
+            layout = _sniff(path, stream)
+            records, norm = _scan(path, stream, layout, wanted, limit)
+    except (EOFError, OSError, zlib.error) as error:
+        raise DataError(f"{path}: damaged or cut short: {error}") from error
+    with tempfile.TemporaryDirectory() as folder:
+        cut = Path(folder) / "cut"
+        with cut.open("wb") as file:
+            file.write(b"%d %d\n" % (len(records), layout.dim))
+            end = b"" if layout.binary else b"\n"
+            file.writelines(word + b" " + vector + end for word, vector in records.items())
+        try:
+            kept = KeyedVectors.load_word2vec_format(str(cut), binary=layout.binary)
+        except ValueError as error:
+            raise DataError(f"{path}: not a file of word vectors: {error}") from error
+    table = torch.from_numpy(kept.vectors)
+    if not (math.isfinite(norm) and table.isfinite().all()):
+        raise DataError(f"{path}: a vector holds NaN or infinity")
+    vectors = {word: table[row] for word, row in kept.key_to_index.items()}
+    return VectorFile(vectors, layout.dim, norm)
+
+
+def _sniff(path: Path, stream: BinaryIO | gzip.GzipFile) -> _Layout:
+    first, _, rest = stream.read(_PROBE_BYTES).partition(b"\n")
+    stream.seek(0)
+    fields = first.split()
+    if len(fields) == 2 and all(field.isdigit() for field in fields):
+        count, dim = map(int, fields)
+        if count and dim:
+            return _Layout(not _is_text_record(rest.partition(b"\n")[0]), True, count, dim)
+    elif _is_text_record(first):
+        return _Layout(False, False, math.inf, len(fields) - 1)
+    raise DataError(
+        f"{path}: must be word vectors in word2vec or GloVe format: a first line with the number "
+        "and size of the vectors, or with a word and its numbers"
+    )
+
+
+def _is_text_record(line: bytes) -> bool:
+    fields = line.split()
+    return len(fields) > 1 and all(map(_is_number, fields[1:]))
+
+
+def _is_number(field: bytes) -> bool:
+    try:
+        float(field)
+    except ValueError:
+        return False
+    return True
+
+
+def _scan(
+    path: Path,
+    stream: BinaryIO | gzip.GzipFile,
+    layout: _Layout,
+    wanted: Collection[str],
+    limit: int | None,
+) -> tuple[dict[bytes, bytes], float]:
+    """Return the wanted records, word -> vector as in the file, and the typical length."""
+    import numpy as np
+
+    # a blank would end the word in the file that gensim reads
+    keys = {word.encode("utf-8", "surrogatepass") for word in wanted if " " not in word}
+    kept: dict[bytes, bytes] = {}
+    norms: list[float] = []
+    count = layout.count if limit is None else min(layout.count, limit)
+    read = _binary_records if layout.binary else _text_records
+    for word, vector in read(path, stream, layout, count):
+        if len(norms) < _NORM_RECORDS:
+            try:
+                values = np.frombuffer(vector, "<f4") if layout.binary else np.array(vector.split())
+                with np.errstate(invalid="ignore"):  # NaN is reported once all is read
+                    norms.append(float(np.linalg.norm(values.astype(np.float64))))
+            except ValueError as error:
+                raise DataError(f"{path}: not a file of word vectors: {error}") from error
+        if word in keys:
+            kept.setdefault(word, vector)  # the first of repeated words counts
+    return kept, sum(norms) / len(norms)
+
+
+def _binary_records(
+    path: Path, stream: BinaryIO | gzip.GzipFile, layout: _Layout, count: float
+) -> Iterator[tuple[bytes, bytes]]:
+    stream.readline()
+    size = 4 * layout.dim
+    buffer, start, done = b"", 0, 0
+    while done < count:
+        blank = buffer.find(b" ", start)
+        end = blank + 1 + size
+        if blank >= 0 and end <= len(buffer):
+            # some writers end a vector with a line feed
+            yield buffer[start:blank].lstrip(b"\n"), buffer[blank + 1 : end]
+            start, done = end, done + 1
+        elif more := stream.read(_PROBE_BYTES):
+            buffer, start = buffer[start:] + more, 0
+        else:
+            raise DataError(
+                f"{path}: ends after {done} of {layout.count:.0f} vectors: cut short, or not a "
+                "word2vec file"
+            )
+
+
+def _text_records(
+    path: Path, stream: BinaryIO | gzip.GzipFile, layout: _Layout, count: float
+) -> Iterator[tuple[bytes, bytes]]:
+    done = 0
+    for number, raw in enumerate(stream, start=1):
+        if done >= count:
+            return
+        if number == 1 and layout.header:
+            continue
+        line = raw.rstrip()
+        fields = line.rsplit(b" ", layout.dim)
+        # GloVe has words with blanks; a number there means that the vector is longer
+        if len(fields) <= layout.dim or (b" " in fields[0] and _is_number(fields[0].split()[-1])):
+            raise DataError(f"{path}, line {number}: must be a word and {layout.dim} numbers")
+        yield fields[0], line[len(fields[0]) + 1 :]
+        done += 1
+    if layout.header and done < count:
+        raise DataError(f"{path}: ends after {done} of {layout.count:.0f} vectors: cut short")

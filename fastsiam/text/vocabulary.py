@@ -1,0 +1,143 @@
+"""Words to rows of a table: sentences become ids and lengths."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsiam.text.files import DataError, check_file
+from fastsiam.text.tokens import tokenize
+
+UNKNOWN = "<unk>"
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Sentences as ids.
+
+    Attributes:
+        ids: [n, T] int64, T the longest of these sentences; 0 behind a sentence's end.
+        lengths: [n] int64, 0 <= length <= T.
+        truncated: how many sentences were longer than `max_len` and lost their end.
+        unknown: the words that got id 0, with their counts.
+    """
+
+    ids: Tensor
+    lengths: Tensor
+    truncated: int
+    unknown: Counter[str]
+
+
+class Vocabulary:
+    """The words of a table of vectors, row by row.
+
+    Args:
+        words: word i belongs to row i; row 0 is the unknown word, "<unk>".
+        spelling: word as written -> word as in the table, tried for words without a row.
+
+    Raises:
+        ValueError: `words` does not start with "<unk>" or holds a word twice.
+    """
+
+    def __init__(self, words: Sequence[str], spelling: Mapping[str, str] | None = None) -> None:
+        self.words = list(words)
+        self.spelling = dict(spelling or {})
+        self._ids = {word: row for row, word in enumerate(self.words)}
+        if not self.words or self.words[0] != UNKNOWN:
+            raise ValueError(f"Vocabulary: words must start with {UNKNOWN!r}, got {self.words[:1]}")
+        if len(self._ids) != len(self.words):
+            twice = Counter(self.words).most_common(1)[0][0]
+            raise ValueError(f"Vocabulary: words must differ from one another, got {twice!r} twice")
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    def id(self, word: str) -> int:
+        """Return the row of the word, its spelling, lower, Capital or UPPER form, else 0."""
+        for form in (word, self.spelling.get(word, word), *case_forms(word)):
+            row = self._ids.get(form)
+            if row is not None:
+                return row
+        return 0
+
+    def encode(self, sentences: Sequence[str], max_len: int = 73) -> Encoded:
+        """Tokenize sentences and look their words up.
+
+        Args:
+            sentences: n texts; an empty one has length 0.
+            max_len: at least 1; longer sentences keep their first `max_len` tokens.
+
+        Returns:
+            Ids padded to the longest sentence of this call, lengths, and what was cut or unknown.
+
+        Raises:
+            ImportError: nltk is not installed.
+            TypeError: `sentences` is a single string, or holds something else than strings.
+            ValueError: `max_len` is below 1.
+        """
+        if isinstance(sentences, str):
+            raise TypeError("encode: sentences must be a list of strings, got one string")
+        if max_len < 1:
+            raise ValueError(f"encode: max_len must be at least 1, got {max_len}")
+        tokens = [tokenize(sentence) for sentence in sentences]
+        rows = [[self.id(word) for word in line[:max_len]] for line in tokens]
+        lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64)
+        ids = torch.zeros(len(rows), max(map(len, rows), default=0), dtype=torch.int64)
+        inside = torch.arange(ids.shape[1]) < lengths[:, None]
+        ids[inside] = torch.tensor([row for line in rows for row in line], dtype=torch.int64)
+        unknown = Counter(
+            word
+            for line, row in zip(tokens, rows, strict=True)
+            for word, i in zip(line[:max_len], row, strict=True)
+            if i == 0
+        )
+        truncated = sum(len(line) > max_len for line in tokens)
+        return Encoded(ids, lengths, truncated, unknown)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the vocabulary as a JSON-able dict."""
+        return {"words": self.words, "spelling": self.spelling}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Vocabulary:
+        """Make the vocabulary that `to_dict` described."""
+        return cls(values["words"], values["spelling"])
+
+
+def case_forms(word: str) -> Iterator[str]:
+    """Yield the lower, Capital and UPPER form of a word, the order in which they are looked up."""
+    yield word.lower()
+    yield word.capitalize()
+    yield word.upper()
+
+
+def load_spelling(path: str | PathLike[str]) -> dict[str, str]:
+    """Read a spelling file: a JSON object, word as written -> word in the vector file.
+
+    Args:
+        path: the file, UTF-8.
+
+    Returns:
+        The dictionary.
+
+    Raises:
+        DataError: the file cannot be read or is not a JSON object of strings.
+    """
+    path = check_file(path)
+    try:
+        spelling = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: must be a JSON object of strings: {error}") from error
+    if not isinstance(spelling, dict):
+        raise DataError(f"{path}: must be a JSON object, got {type(spelling).__name__}")
+    for word, target in spelling.items():
+        if not isinstance(target, str):
+            raise DataError(f"{path}: must map {word!r} to a word, got {target!r}")
+    return spelling

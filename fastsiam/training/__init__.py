@@ -1,0 +1,1 @@
+"""From files of scored sentence pairs to a run folder with a trained model."""

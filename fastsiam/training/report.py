@@ -1,0 +1,122 @@
+"""The run folder: what a training run leaves behind besides the model."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fastsiam.model import write_file
+from fastsiam.text.datasets import Pairs
+
+
+@dataclass(frozen=True)
+class EpochRecord:
+    """One line of `metrics.csv`.
+
+    Attributes:
+        epoch: 1, 2, ... within the phase.
+        phase: "pretrain" or "train".
+        loss: mean squared error of the similarities over the epoch's pairs, while training.
+        dev_pearson: on the dev pairs after the epoch; None where it is undefined.
+        dev_spearman: likewise.
+        dev_mse: on the 1..5 scale.
+        time_s: seconds of training, without the dev pairs.
+        pairs_per_s: training pairs a second.
+        gradient_norm: mean over the steps, before clipping.
+        lr: learning rate at the end of the epoch.
+    """
+
+    epoch: int
+    phase: str
+    loss: float
+    dev_pearson: float | None
+    dev_spearman: float | None
+    dev_mse: float
+    time_s: float
+    pairs_per_s: float
+    gradient_norm: float
+    lr: float
+
+
+class RunFolder:
+    """A new folder for one run.
+
+    Args:
+        path: a folder that is empty or does not exist.
+
+    Raises:
+        ValueError: the path is a file or a folder with something in it.
+        OSError: the folder cannot be made or written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"out must be a new or empty folder, got the file {path}")
+        if path.exists() and any(path.iterdir()):
+            raise ValueError(
+                f"out must be a new or empty folder, got {path} with files in it; name another"
+            )
+        path.mkdir(parents=True, exist_ok=True)
+        # a disk that cannot be written is noticed now, before any work
+        with tempfile.TemporaryFile(dir=path):
+            self.path = path
+
+    def add_epoch(self, record: EpochRecord) -> None:
+        """Append a line to `metrics.csv`."""
+        values = asdict(record)
+        with (self.path / "metrics.csv").open("a", encoding="utf-8", newline="") as file:
+            table = csv.writer(file, lineterminator="\n")
+            if not file.tell():
+                table.writerow(values)
+            table.writerow(values.values())
+
+    def write_run(self, facts: dict[str, Any]) -> None:
+        """Write `run.json`: the settings and what came of them."""
+        write_file(self.path / "run.json", (json.dumps(facts, indent=1) + "\n").encode())
+
+    def write_predictions(self, pairs: Pairs, similarity: Tensor) -> None:
+        """Write `predictions.tsv`; predictions are on the scale of the file's scores."""
+        low, high = pairs.score_range
+        lines = [["left", "right", "gold", "predicted"]]
+        for left, right, gold, value in zip(
+            pairs.left, pairs.right, pairs.score, similarity.tolist(), strict=True
+        ):
+            # one blank for any white space: a tab or line feed would break the table
+            sentences = [" ".join(text.split()) for text in (left, right)]
+            lines.append([*sentences, f"{gold:g}", f"{low + (high - low) * value:.4f}"])
+        text = "".join("\t".join(line) + "\n" for line in lines)
+        write_file(self.path / "predictions.tsv", text.encode())
+
+    def write_plot(self, records: Sequence[EpochRecord]) -> None:
+        """Draw `plot.png`: loss and dev correlations by epoch."""
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        loss_axes = figure.subplots()
+        epochs = range(1, len(records) + 1)
+        loss_axes.plot(epochs, [r.loss for r in records], color="tab:gray", label="training loss")
+        loss_axes.set(xlabel="epoch", ylabel="training loss", ylim=(0, None))
+        axes = loss_axes.twinx()
+        nan = float("nan")
+        for name in ("pearson", "spearman"):
+            values = [getattr(record, f"dev_{name}") for record in records]
+            axes.plot(epochs, [nan if v is None else v for v in values], label=f"dev {name}")
+        axes.set_ylabel("correlation")
+        for before, after in pairwise(records):
+            if before.phase != after.phase:
+                axes.axvline(epochs[records.index(after)] - 0.5, color="black", linestyle=":")
+        figure.legend(loc="outside upper center", ncols=3)
+        buffer = io.BytesIO()
+        FigureCanvasAgg(figure)
+        figure.savefig(buffer, format="png")
+        write_file(self.path / "plot.png", buffer.getvalue())

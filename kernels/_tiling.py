@@ -1,0 +1,122 @@
+"""Which tile runs a shape on a target: a pure function, each row with its reason."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+MAX_HIDDEN = 128
+
+# bytes of shared memory that one program may use, by target
+SHARED_BYTES = {
+    "sm_80": 166912,
+    "sm_86": 101376,
+    "sm_89": 101376,
+    "sm_90": 232448,
+    "sm_100": 232448,
+    "sm_120": 101376,
+    "gfx942": 65536,
+}
+# for a GPU that is not named above: what every supported one has
+LEAST_SHARED_BYTES = 65536
+
+
+def target_of(device: torch.device) -> str:
+    """Return the name of the machine code that runs on `device`: a key of SHARED_BYTES, if known.
+
+    CPU tensors are taken by Triton's interpreter only.
+    """
+    if device.type != "cuda":
+        return "interpreter"
+    if torch.version.hip is not None:
+        name: str = torch.cuda.get_device_properties(device).gcnArchName
+        return name.split(":")[0]
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+class Arithmetic(NamedTuple):
+    """How a kernel computes; the fields are its compile-time arguments."""
+
+    PRECISION: str  # of float32 products
+    APPROXIMATE: bool  # tanh by one instruction, 2^-11
+    WIDEN: bool  # round products' operands to the dtype, then multiply them in float32
+    ASSEMBLY: bool  # whether inline PTX is understood
+
+
+def arithmetic(dtype: torch.dtype, allow_tf32: bool, target: str) -> Arithmetic:
+    """Return how tensors of `dtype` are computed on `target`."""
+    nvidia = target.startswith("sm_")
+    if not nvidia:
+        # AMD multiplies float32 as it is; the interpreter would multiply a bfloat16's raw bits
+        widen = target == "interpreter" and dtype == torch.bfloat16
+        return Arithmetic("ieee", False, widen, False)
+    if dtype == torch.float32 and not allow_tf32:
+        # three tf32 products: float32's accuracy on tensor cores
+        return Arithmetic("tf32x3", False, False, True)
+    return Arithmetic("tf32", True, False, True)
+
+
+class Tile(NamedTuple):
+    """What a kernel is compiled for."""
+
+    block_h: int  # units of a program: a power of two >= H
+    sequences: int  # of a program, two a pair
+    num_warps: int
+    stream: bool  # whether weight_hh is read every step instead of kept in registers
+
+
+def forward_tile(H: int, dtype: torch.dtype, precision: str, target: str) -> Tile:
+    """Return the tile of the forward kernels.
+
+    Args:
+        H: hidden size, 1 <= H <= MAX_HIDDEN.
+        dtype: float32, float16 or bfloat16.
+        precision: of float32 products: "tf32", "tf32x3" or "ieee".
+        target: "sm_90" and so on.
+    """
+    block_h = _block(H)
+    # a warp holds 8 units of a block; 8 warps shorten a step (half the activations each), and at
+    # block 32 there are only 4 groups of 8 units
+    num_warps = 4 if block_h == 32 else 8
+    return Tile(block_h, 8, num_warps, _streams(block_h, dtype, precision, target))
+
+
+def backward_tile(H: int, dtype: torch.dtype, precision: str, target: str) -> Tile:
+    """Return the tile of the backward kernel; arguments as for `forward_tile`."""
+    block_h = _block(H)
+    # the accumulator has one row a unit, so a warp holds 16 units: 2, 4 or 8 warps cover the block
+    return Tile(block_h, 8, block_h // 16, _streams(block_h, dtype, precision, target))
+
+
+def _block(H: int) -> int:
+    # the dot product's inner dimension is at least 16; below 32 the work is all latency
+    return 32 if H <= 32 else 64 if H <= 64 else 128
+
+
+def _streams(block_h: int, dtype: torch.dtype, precision: str, target: str) -> bool:
+    # weight_hh passes through shared memory once on its way to registers, whole; tf32x3 splits
+    # each operand in two on the way
+    copies = 2 if precision == "tf32x3" else 1
+    shared = 4 * block_h * block_h * dtype.itemsize * copies
+    if target == "interpreter":
+        return dtype == torch.float32 and block_h == 128
+    if target.startswith("gfx"):
+        # wavefronts of 64 leave half the registers a cell, and the weight stays in shared memory
+        # beside the exchange of h
+        return 2 * shared > SHARED_BYTES.get(target, LEAST_SHARED_BYTES)
+    if dtype == torch.float32 and block_h == 128:
+        # 256 kB: fits no register file
+        return True
+    # besides it, h of a step passes through
+    return shared + 4096 > SHARED_BYTES.get(target, LEAST_SHARED_BYTES)
+
+
+def groups_by_length(pairs: int, multiprocessors: int) -> bool:
+    """Whether to hand pairs to programs longest first.
+
+    A program runs as long as its longest sequence. Where all programs run at once, order changes
+    nothing; where they queue, tiles of like length finish early.
+    """
+    # three programs fit a multiprocessor, four pairs each
+    return pairs > 12 * multiprocessors

@@ -1,0 +1,304 @@
+"""Both towers' recurrence backward through time, from exp(-L1) on: kernel, then launcher."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastsiam.kernels import _packing, _tiling
+from fastsiam.kernels._math import (
+    _load_cells,
+    _load_cells_where,
+    _load_weight,
+    _product_streamed,
+    _sequences,
+    _store_cells,
+    _unpack,
+)
+from fastsiam.kernels.siamese_fwd import pair_order
+
+
+@triton.jit
+def _as_accumulator(x, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr):
+    # cells [blocks, half, columns, side, warps, 8, 4] -> [BLOCK_H, BLOCK_N]
+    return tl.reshape(tl.permute(x, (0, 4, 1, 5, 2, 6, 3)), (BLOCK_H, BLOCK_N))
+
+
+@triton.jit
+def _as_cells(a, BLOCKS: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr):
+    # the way back
+    x = tl.reshape(a, (BLOCKS, WARPS, 2, 8, COLUMNS, 4, 2))
+    return tl.permute(x, (0, 2, 4, 6, 1, 3, 5))
+
+
+@triton.jit
+def _at_units(x):
+    # [columns, side, 4] -> the same for every unit
+    return tl.reshape(x, (1, 1, x.shape[0], 2, 1, 1, 4))
+
+
+@triton.jit
+def _load_gates(gates_ptrs, row, STRIDE: tl.constexpr, DTYPE: tl.constexpr):
+    return _load_cells(gates_ptrs + tl.expand_dims(row * STRIDE, 7), 7)
+
+
+@triton.jit
+def _load_states(cells_ptrs, row, STRIDE: tl.constexpr, DTYPE: tl.constexpr):
+    if DTYPE == tl.float32:
+        return _load_cells(cells_ptrs + tl.expand_dims(row * STRIDE, 7), 7)
+    else:
+        return _load_cells(cells_ptrs + row * STRIDE, 7)
+
+
+@triton.jit
+def _gates(x, DTYPE: tl.constexpr):
+    # tanh values of i, f, g, o from what a record holds
+    if DTYPE == tl.float32:
+        i_g, f_o = tl.split(tl.reshape(x, x.shape[:7] + (2, 2)))
+    else:
+        i_g, f_o = _unpack(x, DTYPE)
+    i, g = tl.split(i_g)
+    f, o = tl.split(f_o)
+    return i, f, g, o
+
+
+@triton.jit
+def _states(x, DTYPE: tl.constexpr):
+    # tanh of the new cell, the old cell
+    if DTYPE == tl.float32:
+        return tl.split(x)
+    else:
+        return _unpack(x, DTYPE)
+
+
+@triton.jit
+def _opaque(x, ASSEMBLY: tl.constexpr):
+    # the same values, but a history the compiler does not see: a join behind an operand of tl.dot
+    # makes it choose a layout that shared memory is then read four bytes at a time for
+    if not ASSEMBLY:
+        return x
+    elif x.dtype == tl.float32:
+        return tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=1
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2
+        )
+
+
+@triton.jit(do_not_specialize=["B", "T", "H", "zero"])
+def _siamese_bwd_kernel(
+    dpair_ptr,  # [B] float32 gradient of the L1 of a pair (HAS_DPAIR)
+    dh_ptr,  # [N, H] gradient of the sentence vectors (HAS_DH)
+    h_ptr,  # [N, H] sentence vectors
+    weight_ptr,  # [BLOCK_H, 4 * BLOCK_H] bits of weight_hh transposed
+    lengths_ptr,  # [N] valid steps
+    mask_ptr,  # [N, T] weights of the steps (HAS_MASK)
+    order_ptr,  # [B] pairs in the order in which programs take them (HAS_ORDER)
+    gates_ptr,  # [N * (T + 1), BLOCK_H, 4] tanh values of i, f, g, o; half precision: words of two
+    cells_ptr,  # [N * (T + 1), BLOCK_H, 2] tanh of the new cell, the old cell; likewise
+    dgates_ptr,  # [N * (T + 1), BLOCK_H, 4] out: gate gradients
+    B,  # pairs; sequences where not PAIRED
+    T,
+    H,
+    zero,  # 0
+    BLOCK_H: tl.constexpr,  # 32, 64 or 128 >= H
+    BLOCK_N: tl.constexpr,  # sequences of a program, a multiple of 8
+    WARPS: tl.constexpr,
+    STREAM: tl.constexpr,  # weight read every step
+    PRECISION: tl.constexpr,  # these four: _tiling.Arithmetic
+    APPROXIMATE: tl.constexpr,
+    WIDEN: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+    PAIRED: tl.constexpr,
+    HAS_DPAIR: tl.constexpr,
+    HAS_DH: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_ORDER: tl.constexpr,
+):
+    BLOCKS: tl.constexpr = BLOCK_H // (16 * WARPS)
+    COLUMNS: tl.constexpr = BLOCK_N // 8
+    DTYPE: tl.constexpr = h_ptr.dtype.element_ty
+    DOT_DTYPE: tl.constexpr = tl.float32 if WIDEN else DTYPE
+    # elements of a unit in the records: half precision comes in words of two
+    GATES: tl.constexpr = 4 if DTYPE == tl.float32 else 2
+    STATES: tl.constexpr = GATES // 2
+
+    seq, other, live, length, steps = _sequences(
+        lengths_ptr, order_ptr, B, T, COLUMNS, PAIRED, HAS_ORDER
+    )
+    last = length - 1
+    first_row = seq * (T + 1)
+
+    # units of the cells, [blocks, half, 1, 1, warps, 8, 1]
+    block = tl.arange(0, BLOCKS)[:, None, None, None, None, None, None]
+    half = tl.arange(0, 2)[None, :, None, None, None, None, None]
+    warp = tl.arange(0, WARPS)[None, None, None, None, :, None, None]
+    within = 16 * warp + tl.arange(0, 8)[None, None, None, None, None, :, None]
+    unit = block * (16 * WARPS) + half * 8 + within
+    # loads of one value a cell would get a layout of their own if units were seen to be adjacent
+    unit_apart = unit ^ zero
+    # records of step t stand in row t + 1 of a sequence's, its gate gradients in row t: beside h of
+    # the step before
+    gates_ptrs = gates_ptr + (tl.expand_dims(unit + BLOCK_H, 7) * GATES + tl.arange(0, GATES))
+    if STATES == 2:
+        cells_ptrs = cells_ptr + (tl.expand_dims(unit + BLOCK_H, 7) * 2 + tl.arange(0, 2))
+    else:
+        cells_ptrs = cells_ptr + (unit_apart + BLOCK_H)
+    dgates_ptrs = dgates_ptr + (tl.expand_dims(unit, 7) * 4 + tl.arange(0, 4))
+
+    # gradient of the sentence vectors; of 2h, which is what the recurrence carries
+    offs = _at_units(seq).to(tl.int64) * H + unit_apart
+    inside = _at_units(live) & (unit < H)
+    dv = tl.zeros((BLOCKS, 2, COLUMNS, 2, WARPS, 8, 4), tl.float32)
+    if HAS_DH:
+        dv += _load_cells_where(dh_ptr + offs, inside, 7)
+    if HAS_DPAIR:
+        offs_other = _at_units(other).to(tl.int64) * H + unit_apart
+        own = _load_cells_where(h_ptr + offs, inside, 7)
+        its = _load_cells_where(h_ptr + offs_other, inside, 7)
+        sign = tl.where(own > its, 1.0, tl.where(own < its, -1.0, 0.0))
+        dpair = tl.load(dpair_ptr + (tl.minimum(seq, other)))
+        dv += sign * _at_units(dpair)
+    dv = 0.5 * dv
+
+    # rows of steps behind a sequence's end are its last row's: finite, and its gradient is 0 there
+    row = _at_units(first_row + tl.minimum(steps - 1, last)).to(tl.int64)
+    gates = _load_gates(gates_ptrs, row, GATES * BLOCK_H, DTYPE)
+    states = _load_states(cells_ptrs, row, STATES * BLOCK_H, DTYPE)
+    dc = tl.zeros((BLOCKS, 2, COLUMNS, 2, WARPS, 8, 4), tl.float32)
+    if HAS_MASK:
+        m = _mask_at(steps - 1, mask_ptr, seq, last, T)
+        dh = _as_accumulator(dv * _at_units(m), BLOCK_H, BLOCK_N)
+    else:
+        dh = tl.where(_at_units(last == steps - 1), dv, 0.0)
+        dh = _as_accumulator(dh, BLOCK_H, BLOCK_N)
+    if not STREAM:
+        weight = _load_weight(weight_ptr, BLOCK_H, 4 * BLOCK_H, DTYPE, DOT_DTYPE, zero)
+        # of 0: a use ahead of the loop keeps the weight's change of layout ahead of it
+        nothing = tl.zeros((4 * BLOCK_H, BLOCK_N), DOT_DTYPE)
+        dh = tl.dot(weight, nothing, dh, input_precision=PRECISION)
+    for s in range(steps):
+        t = steps - 1 - s
+        row = _at_units(first_row + tl.minimum(t - 1, last)).to(tl.int64)
+        gates_before = _load_gates(gates_ptrs, row, GATES * BLOCK_H, DTYPE)
+        states_before = _load_states(cells_ptrs, row, STATES * BLOCK_H, DTYPE)
+        if HAS_MASK:
+            upstream = dv * _at_units(_mask_at(t - 1, mask_ptr, seq, last, T))
+        else:
+            upstream = tl.where(_at_units(last == t - 1), dv, 0.0)
+
+        i, f, g, o = _gates(gates, DTYPE)
+        tanh_c, c_before = _states(states, DTYPE)
+        d = _as_cells(dh, BLOCKS, COLUMNS, WARPS)
+        # docs/kernels.md derives these; dc is twice the gradient of the cell
+        u = d * o + d
+        w = u * tanh_c
+        d_c = (0.5 * dc + u) - w * tanh_c
+        do = w - w * o
+        e = d_c * i + d_c
+        p = e * g
+        di = p - p * i
+        dg = e - p * g
+        dc = d_c * f + d_c
+        r = dc * c_before
+        df = r - r * f
+
+        da = tl.join(tl.join(di, dg), tl.join(df, do)).to(DTYPE)
+        rows = tl.permute(_opaque(da, ASSEMBLY), (7, 8, 0, 4, 1, 5, 2, 6, 3))
+        rows = tl.reshape(rows, (4 * BLOCK_H, BLOCK_N)).to(DOT_DTYPE)
+        dh = _as_accumulator(upstream, BLOCK_H, BLOCK_N)
+        if STREAM:
+            dh = _product_streamed(
+                weight_ptr + t * zero,
+                rows,
+                dh,
+                BLOCK_H,
+                4 * BLOCK_H,
+                DTYPE,
+                DOT_DTYPE,
+                PRECISION,
+                zero,
+            )
+        else:
+            dh = tl.dot(weight, rows, dh, input_precision=PRECISION)
+
+        at = _at_units(first_row + t).to(tl.int64)
+        da = tl.reshape(da, d.shape + (4,))
+        dgates_at = dgates_ptrs + tl.expand_dims(at * (4 * BLOCK_H), 7)
+        _store_cells(dgates_at, da, _at_units(t <= last), 7)
+        gates = gates_before
+        states = states_before
+
+
+@triton.jit
+def _mask_at(t, mask_ptr, seq, last, T):
+    inside = (t <= last) & (t >= 0)
+    m = tl.load(mask_ptr + seq.to(tl.int64) * T + t, mask=inside, other=0.0)
+    return m.to(tl.float32)
+
+
+def siamese_bwd(
+    dpair: Tensor | None,
+    dh: Tensor | None,
+    h: Tensor,
+    weight_hh: Tensor,
+    lengths: Tensor,
+    mask: Tensor | None,
+    gates: Tensor,
+    cells: Tensor,
+    steps: int,
+    allow_tf32: bool,
+) -> Tensor:
+    """Carry the gradients of the pairs' L1 and of the sentence vectors back through time.
+
+    Args:
+        dpair: [B] float32 or None; dh: [N, H] or None.
+        h: [N, H] sentence vectors.
+        weight_hh: [4H, H].
+        lengths, mask, steps: as in the forward.
+        gates, cells: the forward's records.
+
+    Returns:
+        [N * (T + 1), block, 4] gate gradients in _packing's scaling, zero where no step was.
+    """
+    N, H = h.shape
+    dgates = torch.zeros_like(gates)
+    if N == 0 or steps == 0:
+        return dgates
+    target = _tiling.target_of(h.device)
+    how = _tiling.arithmetic(h.dtype, allow_tf32, target)
+    tile = _tiling.backward_tile(H, h.dtype, how.PRECISION, target)
+    paired = dpair is not None
+    B = N // 2 if paired else N
+    order = pair_order(lengths, B, target)
+    words = _packing.table_dtype(h.dtype)
+    _siamese_bwd_kernel[(triton.cdiv(N, tile.sequences),)](
+        dpair_ptr=h if dpair is None else dpair,
+        dh_ptr=h if dh is None else dh,
+        h_ptr=h,
+        weight_ptr=_packing.pack_weight_bwd(weight_hh),
+        lengths_ptr=lengths,
+        mask_ptr=lengths if mask is None else mask,
+        order_ptr=lengths if order is None else order,
+        gates_ptr=gates.view(words),
+        cells_ptr=cells.view(words),
+        dgates_ptr=dgates,
+        B=B,
+        T=steps,
+        H=H,
+        zero=0,
+        BLOCK_H=tile.block_h,
+        BLOCK_N=tile.sequences,
+        WARPS=tile.num_warps,
+        STREAM=tile.stream,
+        PAIRED=paired,
+        HAS_DPAIR=paired,
+        HAS_DH=dh is not None,
+        HAS_MASK=mask is not None,
+        HAS_ORDER=order is not None,
+        num_warps=tile.num_warps,
+        **how._asdict(),
+    )
+    return dgates

@@ -1,0 +1,292 @@
+"""Both towers' recurrence with the gather of gate rows and exp(-L1): kernel, then launcher."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastsiam.kernels import _packing, _tiling
+from fastsiam.kernels._math import (
+    _load_cells,
+    _load_weight,
+    _product_streamed,
+    _sequences,
+    _store_cells,
+    _tanh,
+    _unpack,
+)
+
+
+@triton.jit
+def _gate_pairs(x, DTYPE: tl.constexpr):
+    # what the table holds for a cell, as float32 with two gate axes: gate = 2 * first + second
+    if DTYPE == tl.float32:
+        return tl.reshape(x, x.shape[:6] + (2, 2))
+    else:
+        low, high = _unpack(x, DTYPE)
+        return tl.join(low, high)
+
+
+@triton.jit
+def _as_accumulator(x, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr):
+    # [blocks, columns, side, warps, 8, 4, 2, 2] -> [4 * BLOCK_H, BLOCK_N]
+    return tl.reshape(tl.permute(x, (6, 0, 3, 7, 4, 1, 5, 2)), (4 * BLOCK_H, BLOCK_N))
+
+
+@triton.jit
+def _as_gates(a, BLOCKS: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr):
+    # the way back, gates apart: cells of i, f, g, o
+    x = tl.reshape(a, (2, BLOCKS, WARPS, 2, 8, COLUMNS, 4, 2))
+    i_f, g_o = tl.split(tl.permute(x, (1, 5, 7, 2, 4, 6, 3, 0)))
+    i, f = tl.split(i_f)
+    g, o = tl.split(g_o)
+    return i, f, g, o
+
+
+@triton.jit
+def _at_units(x):
+    # [columns, side, 4] -> the same for every unit
+    return tl.reshape(x, (1, x.shape[0], 2, 1, 1, 4))
+
+
+@triton.jit
+def _load_rows(table_ptrs, row, STRIDE: tl.constexpr):
+    offs = tl.expand_dims(_at_units(row.to(tl.int64) * STRIDE), 6)
+    return _load_cells(table_ptrs + offs, 6)
+
+
+@triton.jit
+def _row_at(t, ids_ptr, first_row, final, R, HAS_IDS: tl.constexpr):
+    # the table's row of step t, inside the table whatever the ids hold
+    t = tl.minimum(t, final)
+    if HAS_IDS:
+        row = tl.load(ids_ptr + first_row.to(tl.int64) + t).to(tl.int32)
+        # as unsigned a negative id is a large one
+        return tl.minimum(row.to(tl.uint32), (R - 1).to(tl.uint32)).to(tl.int32)
+    else:
+        return first_row + t
+
+
+@triton.jit(do_not_specialize=["B", "T", "R", "H", "zero"])
+def _siamese_fwd_kernel(
+    table_ptr,  # [R, BLOCK_H, 4] input gates of a row; half precision: [R, BLOCK_H, 2] words of two
+    weight_ptr,  # [4 * BLOCK_H, BLOCK_H] bits of weight_hh
+    ids_ptr,  # [N, T] rows of the table (HAS_IDS); else row n * T + t is the token's own
+    lengths_ptr,  # [N] valid steps
+    mask_ptr,  # [N, T] weights of the steps (HAS_MASK)
+    order_ptr,  # [B] pairs in the order in which programs take them (HAS_ORDER)
+    learned_scale_ptr,  # [1] factor on L1 (HAS_LEARNED_SCALE)
+    similarity_ptr,  # [B] out: exp(-scale * L1) (PAIRED)
+    distance_ptr,  # [B] out: L1 (PAIRED)
+    h_ptr,  # [N, H] out: sentence vectors
+    gates_ptr,  # [N * (T + 1), BLOCK_H, 4] out: tanh values of i, f, g, o (STORE_RECORDS)
+    cells_ptr,  # [N * (T + 1), BLOCK_H, 2] out: tanh of the new cell, the old cell (STORE_RECORDS)
+    states_ptr,  # [N * (T + 1), BLOCK_H] out: 2h (STORE_RECORDS)
+    scale,
+    B,  # pairs; sequences where not PAIRED
+    T,
+    R,
+    H,
+    zero,  # 0
+    BLOCK_H: tl.constexpr,  # 32, 64 or 128 >= H
+    BLOCK_N: tl.constexpr,  # sequences of a program, a multiple of 8
+    WARPS: tl.constexpr,
+    STREAM: tl.constexpr,  # weight read every step
+    PRECISION: tl.constexpr,  # these four: _tiling.Arithmetic
+    APPROXIMATE: tl.constexpr,
+    WIDEN: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+    PAIRED: tl.constexpr,
+    HAS_IDS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_ORDER: tl.constexpr,
+    HAS_LEARNED_SCALE: tl.constexpr,
+    STORE_RECORDS: tl.constexpr,
+):
+    BLOCKS: tl.constexpr = BLOCK_H // (8 * WARPS)
+    COLUMNS: tl.constexpr = BLOCK_N // 8
+    DTYPE: tl.constexpr = h_ptr.dtype.element_ty
+    DOT_DTYPE: tl.constexpr = tl.float32 if WIDEN else DTYPE
+    WORDS: tl.constexpr = 4 if DTYPE == tl.float32 else 2
+    ROW: tl.constexpr = WORDS * BLOCK_H
+
+    seq, other, live, length, steps = _sequences(
+        lengths_ptr, order_ptr, B, T, COLUMNS, PAIRED, HAS_ORDER
+    )
+    last = length - 1
+    # a finished sequence runs on over its last token, unseen: no load in the loop has a mask
+    final = tl.maximum(last, 0)
+    first_row = seq * T
+
+    # units of the cells, [blocks, 1, 1, warps, 8, 1]
+    block = tl.arange(0, BLOCKS)[:, None, None, None, None, None]
+    warp = tl.arange(0, WARPS)[None, None, None, :, None, None]
+    within = warp * 8 + tl.arange(0, 8)[None, None, None, None, :, None]
+    unit = block * (8 * WARPS) + within
+    # stores of one value a cell would get a layout of their own if units were seen to be adjacent
+    unit_apart = block * (8 * WARPS) + (within ^ zero)
+    table_ptrs = table_ptr + (tl.expand_dims(unit, 6) * WORDS + tl.arange(0, WORDS))
+    # a sequence has T + 1 rows of records, step t in row t + 1: what stands before it is in range
+    gates_ptrs = gates_ptr + (tl.expand_dims(unit + BLOCK_H, 6) * 4 + tl.arange(0, 4))
+    cells_ptrs = cells_ptr + (tl.expand_dims(unit + BLOCK_H, 6) * 2 + tl.arange(0, 2))
+    states_ptrs = states_ptr + (unit_apart + BLOCK_H)
+
+    c = tl.zeros((BLOCKS, COLUMNS, 2, WARPS, 8, 4), tl.float32)
+    v = c
+    # a step's gates are complete before it begins: h's product stands at the end of the step
+    # before, so that rows of the table have a step to arrive and ids have two
+    x = _load_rows(table_ptrs, _row_at(0, ids_ptr, first_row, final, R, HAS_IDS), ROW)
+    x_next = _load_rows(table_ptrs, _row_at(1, ids_ptr, first_row, final, R, HAS_IDS), ROW)
+    row = _row_at(2, ids_ptr, first_row, final, R, HAS_IDS)
+    a = _as_accumulator(_gate_pairs(x, DTYPE), BLOCK_H, BLOCK_N)
+    if not STREAM:
+        weight = _load_weight(weight_ptr, 4 * BLOCK_H, BLOCK_H, DTYPE, DOT_DTYPE, zero)
+        # of h = 0: a use ahead of the loop keeps the weight's change of layout ahead of it
+        a = tl.dot(weight, tl.zeros((BLOCK_H, BLOCK_N), DOT_DTYPE), a, input_precision=PRECISION)
+    for t in range(steps):
+        x_after = _load_rows(table_ptrs, row, ROW)
+        row = _row_at(t + 3, ids_ptr, first_row, final, R, HAS_IDS)
+
+        i, f, g, o = _as_gates(a, BLOCKS, COLUMNS, WARPS)
+        i = _tanh(i, APPROXIMATE)
+        f = _tanh(f, APPROXIMATE)
+        g = _tanh(g, APPROXIMATE)
+        o = _tanh(o, APPROXIMATE)
+        c_before = c
+        # with sigmoid(x) = (1 + tanh(x / 2)) / 2; h is twice the state
+        c = 0.5 * (i * g + ((f * c + c) + g))
+        tanh_c = _tanh(c, APPROXIMATE)
+        h = o * tanh_c + tanh_c
+        if HAS_MASK:
+            inside = t <= last
+            m = tl.load(mask_ptr + first_row.to(tl.int64) + t, mask=inside, other=0.0)
+            v += _at_units(m.to(tl.float32)) * tl.where(_at_units(inside), h, 0.0)
+        else:
+            v = tl.where(_at_units(t == last), h, v)
+
+        a = _as_accumulator(_gate_pairs(x_next, DTYPE), BLOCK_H, BLOCK_N)
+        x_next = x_after
+        h_rows = tl.reshape(tl.permute(h, (0, 3, 4, 1, 5, 2)), (BLOCK_H, BLOCK_N))
+        h_rows = h_rows.to(DTYPE).to(DOT_DTYPE)
+        if STREAM:
+            a = _product_streamed(
+                weight_ptr + t * zero,
+                h_rows,
+                a,
+                4 * BLOCK_H,
+                BLOCK_H,
+                DTYPE,
+                DOT_DTYPE,
+                PRECISION,
+                zero,
+            )
+        else:
+            a = tl.dot(weight, h_rows, a, input_precision=PRECISION)
+
+        if STORE_RECORDS:
+            inside = _at_units(t <= last)
+            # rows are addressed through 32 bits: one wide multiply-add an address
+            at = _at_units(seq * (T + 1) + t).to(tl.int64)
+            values = tl.reshape(tl.join(tl.join(i, g), tl.join(f, o)), h.shape + (4,))
+            _store_cells(gates_ptrs + tl.expand_dims(at * (4 * BLOCK_H), 6), values, inside, 6)
+            values = tl.join(tanh_c, c_before)
+            _store_cells(cells_ptrs + tl.expand_dims(at * (2 * BLOCK_H), 6), values, inside, 6)
+            _store_cells(states_ptrs + at * BLOCK_H, h, inside, 6)
+
+    v = 0.5 * v
+    offs = _at_units(seq).to(tl.int64) * H + unit
+    tl.store(h_ptr + offs, v.to(h_ptr.dtype.element_ty), mask=_at_units(live) & (unit < H))
+    if PAIRED:
+        left, right = tl.split(tl.permute(v, (0, 1, 3, 4, 5, 2)))
+        distance = tl.sum(tl.sum(tl.sum(tl.abs(left - right), 3), 2), 0)
+        if HAS_LEARNED_SCALE:
+            scale = tl.load(learned_scale_ptr).to(tl.float32)
+        # the left one of a pair's sequences has the pair's number
+        pair = tl.min(tl.minimum(seq, other), 1)
+        live = tl.max(live.to(tl.int32), 1) > 0
+        tl.store(distance_ptr + pair, distance, mask=live)
+        tl.store(similarity_ptr + pair, tl.exp(-scale * distance), mask=live)
+
+
+def siamese_fwd(
+    table: Tensor,
+    weight: Tensor,
+    ids: Tensor | None,
+    lengths: Tensor,
+    mask: Tensor | None,
+    learned_scale: Tensor | None,
+    scale: float,
+    H: int,
+    steps: int,
+    paired: bool,
+    allow_tf32: bool,
+    dtype: torch.dtype,
+    store_records: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Run all sequences; see `fastsiam._ops.siamese_infer` and `siamese_fwd` for the tensors.
+
+    Returns:
+        Similarity and L1 of the pairs, [B] float32; vectors [N, H] of dtype; records, empty unless
+        wanted.
+    """
+    N = lengths.shape[0]
+    B = N // 2 if paired else N
+    similarity = torch.ones(B if paired else 0, device=table.device)
+    distance = torch.zeros_like(similarity)
+    h = torch.zeros(N, H, device=table.device, dtype=dtype)
+    shapes = _packing.record_shapes(N, steps, H) if store_records else ((0,),) * 3
+    gates, cells = (torch.empty(shape, device=h.device, dtype=dtype) for shape in shapes[:2])
+    # read whole by the weight's gradient, so what no step writes is zero
+    states = torch.zeros(shapes[2], device=h.device, dtype=dtype)
+    if N == 0 or steps == 0:
+        return similarity, distance, h, gates, cells, states
+    target = _tiling.target_of(h.device)
+    how = _tiling.arithmetic(dtype, allow_tf32, target)
+    tile = _tiling.forward_tile(H, dtype, how.PRECISION, target)
+    order = pair_order(lengths, B, target)
+    grid = (triton.cdiv(N, tile.sequences),)
+    _siamese_fwd_kernel[grid](
+        table_ptr=table,
+        weight_ptr=weight,
+        ids_ptr=lengths if ids is None else ids,
+        lengths_ptr=lengths,
+        mask_ptr=lengths if mask is None else mask,
+        order_ptr=lengths if order is None else order,
+        learned_scale_ptr=similarity if learned_scale is None else learned_scale,
+        similarity_ptr=similarity,
+        distance_ptr=distance,
+        h_ptr=h,
+        gates_ptr=gates,
+        cells_ptr=cells,
+        states_ptr=states,
+        scale=scale,
+        B=B,
+        T=steps,
+        R=table.shape[0],
+        H=H,
+        zero=0,
+        BLOCK_H=tile.block_h,
+        BLOCK_N=tile.sequences,
+        WARPS=tile.num_warps,
+        STREAM=tile.stream,
+        PAIRED=paired,
+        HAS_IDS=ids is not None,
+        HAS_MASK=mask is not None,
+        HAS_ORDER=order is not None,
+        HAS_LEARNED_SCALE=learned_scale is not None,
+        STORE_RECORDS=store_records,
+        num_warps=tile.num_warps,
+        **how._asdict(),
+    )
+    return similarity, distance, h, gates, cells, states
+
+
+def pair_order(lengths: Tensor, B: int, target: str) -> Tensor | None:
+    """Return the order in which programs take pairs, longest first, or None for the caller's."""
+    if target == "interpreter":
+        multiprocessors = 1
+    else:
+        multiprocessors = torch.cuda.get_device_properties(lengths.device).multi_processor_count
+    if not _tiling.groups_by_length(B, multiprocessors):
+        return None
+    return torch.argsort(lengths.view(-1, B).amax(dim=0), descending=True, stable=True)

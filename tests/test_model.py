@@ -1,0 +1,263 @@
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import WORDS, D
+
+from fastsiam.model import TextSiamese, UnavailableError, pick_device
+from fastsiam.text.datasets import DataError
+from fastsiam.text.vocabulary import Vocabulary
+
+H = 5
+LEFT = ["the cat runs", "", "a dog", "kid sits here there fast slow", "zebra cat", "dog"]
+RIGHT = ["a cat sits fast", "dog", "a dog", "", "cat zebra", "the the the the the the the the"]
+
+
+@pytest.fixture
+def model():
+    return make_model()
+
+
+def make_model(**options):
+    torch.manual_seed(0)
+    table = torch.randn(1 + len(WORDS), D)
+    table[0] = 0
+    options = {"device": "cpu", **options}
+    return TextSiamese(Vocabulary(["<unk>", *WORDS]), table, H, **options)
+
+
+def by_hand(model, sentence):
+    """The last state of an nn.LSTM that reads the words one sentence at a time."""
+    rows = [1 + WORDS.index(w) if w in WORDS else 0 for w in sentence.split()][: model.max_len]
+    if not rows:
+        return torch.zeros(H)
+    with torch.no_grad():
+        states, _ = model.lstm.to_lstm()(model.lstm.embedding.weight[rows][None])
+    return states[0, -1]
+
+
+def test_similarity_is_the_formula_in_the_order_given(model):
+    expected = torch.stack(
+        [
+            torch.exp(-0.25 * (by_hand(model, left) - by_hand(model, right)).abs().sum())
+            for left, right in zip(LEFT, RIGHT, strict=True)
+        ]
+    )
+    assert expected.unique().numel() == 6
+    for batch_size in (1, 2, 256):
+        scores = model.similarity(LEFT, RIGHT, batch_size)
+        assert scores.dtype == torch.float32
+        assert not scores.requires_grad
+        torch.testing.assert_close(scores, expected, rtol=1e-6, atol=0)
+
+
+def test_two_strings_give_a_float(model):
+    score = model.similarity(LEFT[0], RIGHT[0])
+    assert isinstance(score, float)
+    assert score == pytest.approx(float(model.similarity(LEFT, RIGHT)[0]), rel=1e-6)
+
+
+def test_equal_sentences_score_one_and_sides_may_swap(model):
+    assert model.similarity("the cat runs", "the cat runs") == 1.0
+    torch.testing.assert_close(
+        model.similarity(LEFT, RIGHT), model.similarity(RIGHT, LEFT), rtol=1e-6, atol=0
+    )
+
+
+def test_empty_sentences(model):
+    assert model.similarity("", "") == 1.0
+    assert model.encode(["", " "]).tolist() == [[0.0] * H] * 2
+    assert model.similarity([], []).shape == (0,)
+    assert model.encode([]).shape == (0, H)
+
+
+def test_encode_in_the_order_given(model):
+    vectors = model.encode(LEFT, batch_size=2)
+    expected = torch.stack([by_hand(model, sentence) for sentence in LEFT])
+    torch.testing.assert_close(vectors, expected, rtol=1e-5, atol=1e-7)
+    score = torch.exp(-0.25 * (vectors - model.encode(RIGHT)).abs().sum(1))
+    torch.testing.assert_close(score, model.similarity(LEFT, RIGHT), rtol=1e-6, atol=0)
+
+
+def test_max_len_keeps_the_first_words():
+    model = make_model(max_len=3)
+    assert model.similarity("a the cat dog kid", "a the cat") == 1.0
+    assert model.similarity("a the cat dog kid", "the cat dog kid") < 1.0
+
+
+def test_to_score():
+    assert make_model().to_score(0.5) == 3.0
+    assert make_model(score_range=(0, 5)).to_score(0.5) == 2.5
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "error", "match"),
+    [
+        ("a", ["a"], TypeError, "two strings or two lists"),
+        (["a"], "a", TypeError, "two strings or two lists"),
+        (["a", "b"], ["a"], ValueError, "got 2 and 1"),
+        (["a"], [None], TypeError, "string"),
+    ],
+)
+def test_similarity_refuses(model, left, right, error, match):
+    with pytest.raises(error, match=match):
+        model.similarity(left, right)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"max_len": 0}, "max_len"),
+        ({"score_range": (5, 1)}, "score_range"),
+        ({"scale": 0.0}, "scale"),
+        ({"backend": "fast"}, "backend must be one of"),
+        ({"device": "gpu"}, "device must be like"),
+    ],
+)
+def test_constructor_refuses(options, match):
+    with pytest.raises(ValueError, match=match):
+        make_model(**options)
+
+
+def test_table_must_fit_the_vocabulary():
+    with pytest.raises(ValueError, match=r"V = 2.*got \[3, 4\]"):
+        TextSiamese(Vocabulary(["<unk>", "a"]), torch.zeros(3, 4), device="cpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_no_cuda():
+    assert pick_device(None).type == "cpu"
+    with pytest.raises(UnavailableError, match="'cuda' cannot be used"):
+        pick_device("cuda")
+
+
+def test_a_backend_that_cannot_run_is_told_at_once():
+    pytest.importorskip("triton")
+    table = torch.zeros(2, D)
+    with pytest.raises(UnavailableError, match="at most 128"):
+        TextSiamese(Vocabulary(["<unk>", "a"]), table, 200, backend="triton", device="cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_save_and_load_are_bit_equal(tmp_path, dtype):
+    spelled = Vocabulary(["<unk>", *WORDS], {"kitty": "cat", "Grüße": "dog"})
+    model = make_model(dtype=dtype, scale=0.3, max_len=4, score_range=(0.0, 5.0))
+    model.vocabulary = spelled
+    model.save_pretrained(tmp_path / "new" / "folder")
+    loaded = TextSiamese.from_pretrained(tmp_path / "new" / "folder", device="cpu")
+    state = model.lstm.state_dict()
+    assert loaded.lstm.state_dict().keys() == state.keys()
+    for name, tensor in loaded.lstm.state_dict().items():
+        assert tensor.dtype == dtype
+        assert torch.equal(tensor, state[name]), name
+    sentences = [*LEFT, "kitty Grüße"]
+    assert torch.equal(loaded.encode(sentences), model.encode(sentences))
+    assert torch.equal(
+        loaded.similarity(sentences, sentences[::-1]), model.similarity(sentences, sentences[::-1])
+    )
+    assert loaded.score_range == (0.0, 5.0)
+    assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "vocabulary.json",
+    ]
+
+
+def test_weights_carry_the_names_of_nn_lstm(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["embedding.weight"]
+    torch.nn.LSTM(D, H).load_state_dict(tensors)
+
+
+def test_a_failed_save_leaves_the_old_files(model, tmp_path, monkeypatch):
+    model.save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with torch.no_grad():
+        model.lstm.weight_hh_l0.add_(1.0)
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        model.save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_weights(folder, change):
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def set_row(name, value):
+    return lambda tensors: tensors.update({name: value})
+
+
+DAMAGE = {
+    "no config": (lambda f: (f / "config.json").unlink(), "config.json: cannot be read"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "safetensors: cannot be read"),
+    "no words": (lambda f: (f / "vocabulary.json").unlink(), "vocabulary.json: cannot be read"),
+    "no JSON": (lambda f: (f / "config.json").write_text("{"), "must be JSON"),
+    "a list": (lambda f: (f / "config.json").write_text("[]"), "not a configuration"),
+    "newer": (lambda f: edit_config(f, format=2), "newer fastsiam .format 2"),
+    "no size": (lambda f: edit_config(f, hidden_size="5"), "hidden_size must be a positive int"),
+    "negative scale": (lambda f: edit_config(f, scale=-1.0), "scale must be a positive float"),
+    "one limit": (lambda f: edit_config(f, score_range=[1]), "score_range must be two numbers"),
+    "other size": (lambda f: edit_config(f, hidden_size=7), r"weight_ih_l0 must be \[28, 6\]"),
+    "odd words": (lambda f: (f / "vocabulary.json").write_text("[1]"), "not a vocabulary"),
+    "a word twice": (
+        lambda f: (f / "vocabulary.json").write_text(
+            '{"words": ["<unk>", "a", "a"], "spelling": {}}'
+        ),
+        "'a' twice",
+    ),
+    "fewer words": (
+        lambda f: (f / "vocabulary.json").write_text('{"words": ["<unk>"], "spelling": {}}'),
+        r"embedding.weight must be \[1, 6\]",
+    ),
+    "cut short": (
+        lambda f: (f / "model.safetensors").write_bytes(
+            (f / "model.safetensors").read_bytes()[:-9]
+        ),
+        "damaged",
+    ),
+    "no safetensors": (lambda f: (f / "model.safetensors").write_bytes(b"hello"), "damaged"),
+    "missing tensor": (
+        lambda f: edit_weights(f, lambda t: t.pop("bias_hh_l0")),
+        r"bias_hh_l0 must be \[20\].*got nothing",
+    ),
+    "one too many": (lambda f: edit_weights(f, set_row("x", torch.zeros(1))), "unknown names"),
+    "integers": (
+        lambda f: edit_weights(f, set_row("bias_ih_l0", torch.zeros(20, dtype=torch.int32))),
+        "one floating-point type",
+    ),
+    "NaN": (
+        lambda f: edit_weights(f, set_row("bias_ih_l0", torch.full((20,), torch.nan))),
+        "NaN or infinity",
+    ),
+}
+
+
+@pytest.mark.parametrize(("damage", "match"), DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_folder_is_one_sentence(model, tmp_path, damage, match):
+    model.save_pretrained(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(DataError, match=match) as caught:
+        TextSiamese.from_pretrained(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    with pytest.raises(DataError, match="fastsiam train"):
+        TextSiamese.from_pretrained(tmp_path / "nowhere")
