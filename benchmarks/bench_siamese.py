@@ -25,10 +25,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         if not set(names.split(",")) <= known:
             raise pytest.UsageError(f"--cases takes names of {sorted(known)}, got {names}")
         cases = [case for case in cases if case.name in names.split(",")]
-    metafunc.parametrize("contender", CONTENDERS, ids=lambda c: c.name)
-    metafunc.parametrize("work", clock.PASSES)
-    metafunc.parametrize("setting", SETTINGS)
+    # the first varies slowest: the contenders of a group come one after the other
     metafunc.parametrize("case", cases, ids=lambda c: f"{c.name}-{c.lengths}-{c.dtype}")
+    metafunc.parametrize("setting", SETTINGS)
+    metafunc.parametrize("work", clock.PASSES)
+    metafunc.parametrize("contender", CONTENDERS, ids=lambda c: c.name)
 
 
 def prepare(case: Case, setting: str) -> None:

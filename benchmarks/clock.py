@@ -103,11 +103,12 @@ def measure(works: dict[str, Work], device: torch.device, effort: Effort) -> dic
         if device.type == "cuda":
             peaks[name] = (torch.cuda.max_memory_allocated() - before) / MIB
     calls = {n: max(1, round(effort.least_sample_s / s)) for n, s in first_s.items()}
-    round_s = sum(calls[n] * s for n, s in first_s.items())
-    rounds = min(max(int(effort.seconds / round_s), effort.least_rounds), effort.most_rounds)
     samples: dict[str, list[float]] = {name: [] for name in works}
     names = list(works)
-    for number in range(rounds):
+    end = time.perf_counter() + effort.seconds
+    for number in range(effort.most_rounds):
+        if number >= effort.least_rounds and time.perf_counter() > end:
+            break
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
             work = works[name]

@@ -135,25 +135,28 @@ def full_page(results: dict[str, Any], stem: str) -> str:
 
 
 def draw(labels: list[str], series: dict[str, list[float | None]], title: str, log: bool) -> str:
-    """Draw horizontal bars as an SVG that is the same at each call."""
+    """Draw bars from 0 with a line at 1, or dots on a logarithmic axis, as a reproducible SVG."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
     with mpl.rc_context({"svg.hashsalt": "fastsiam", "svg.fonttype": "none"}):
-        height = 0.8 + 0.18 * len(labels) * (len(series) + 1)
-        axes = (figure := Figure(figsize=(8, height), layout="constrained")).subplots()
         thick = 1 / (len(series) + 1)
+        figure = Figure(figsize=(8, 0.8 + 0.18 * len(labels) / thick), layout="constrained")
+        axes = figure.subplots()
         for number, (name, values) in enumerate(series.items()):
-            at = [i + number * thick for i, v in enumerate(values) if v is not None]
-            axes.barh(at, [v for v in values if v is not None], height=thick, label=name)
-        middle = (len(series) - 1) * thick / 2
-        axes.set_yticks([i + middle for i in range(len(labels))], labels)
-        axes.invert_yaxis()
-        axes.set_title(title)
+            at = [i + number * thick for i, value in enumerate(values) if value is not None]
+            shown = [value for value in values if value is not None]
+            if log:
+                axes.plot(shown, at, "o", label=name)
+            else:
+                axes.barh(at, shown, height=thick, label=name)
         if log:
             axes.set_xscale("log")
         else:
             axes.axvline(1.0, color="black", linewidth=0.8)
+        axes.set_yticks([i + (len(series) - 1) * thick / 2 for i in range(len(labels))], labels)
+        axes.set_ylim(len(labels) - thick / 2, -1.5 * thick)
+        axes.set_title(title)
         axes.legend()
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})

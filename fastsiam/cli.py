@@ -259,14 +259,16 @@ def demo_command(
             )
             _print_examples(_train(config, quiet=False))
         if out is not None:
-            typer.echo(f'try: fastsiam similarity {out / "run"} "a boy rides" "a lad is riding"')
+            typer.echo(
+                f'try: fastsiam similarity {out / "run"} "a boy is running" "a lad is jogging"'
+            )
 
 
 class _Screen:
     """How a run goes: a live bar on a terminal, a line an epoch elsewhere, nothing if quiet."""
 
-    def __init__(self, quiet: bool) -> None:
-        self.quiet = quiet
+    def __init__(self, epochs: int, quiet: bool) -> None:
+        self.epochs, self.quiet = epochs, quiet
         console = Console()
         self.lines = not console.is_terminal
         self.progress = Progress(
@@ -302,7 +304,7 @@ class _Screen:
             f"loss {record.loss:.4f}  dev Pearson {_number(record.dev_pearson)}  "
             f"{record.pairs_per_s:.0f} pairs/s"
         )
-        name = f"{record.phase} epoch {record.epoch}"
+        name = f"{record.phase} epoch {record.epoch}/{self.epochs}"
         self.progress.update(self.task, description=name, figures=figures)
         if self.lines and not self.quiet:
             self._say(f"{name}: {figures}{'  best' if best else ''}")
@@ -312,7 +314,7 @@ class _Screen:
 
 
 def _train(config: Config, quiet: bool) -> Result:
-    screen = _Screen(quiet)
+    screen = _Screen(config.epochs, quiet)
     with screen.progress:
         result = train(config, screen)
     if result.interrupted:

@@ -96,9 +96,10 @@ def _siamese_bwd_kernel(
     lengths_ptr,  # [N] valid steps
     mask_ptr,  # [N, T] weights of the steps (HAS_MASK)
     order_ptr,  # [B] pairs in the order in which programs take them (HAS_ORDER)
-    gates_ptr,  # [N * (T + 1), BLOCK_H, 4] tanh values of i, f, g, o; half precision: words of two
-    cells_ptr,  # [N * (T + 1), BLOCK_H, 2] tanh of the new cell, the old cell; likewise
-    dgates_ptr,  # [N * (T + 1), BLOCK_H, 4] out: gate gradients
+    gates_ptr,  # [N, T + 1, BLOCK_H, 4] tanh values of i, f, g, o; half precision: words of two.
+    # a row before the first may be read and is not used
+    cells_ptr,  # [N, T + 1, BLOCK_H, 2] tanh of the new cell, the old cell; likewise
+    dgates_ptr,  # [N, T + 1, BLOCK_H, 4] out: gate gradients
     B,  # pairs; sequences where not PAIRED
     T,
     H,
@@ -107,8 +108,7 @@ def _siamese_bwd_kernel(
     BLOCK_N: tl.constexpr,  # sequences of a program, a multiple of 8
     WARPS: tl.constexpr,
     STREAM: tl.constexpr,  # weight read every step
-    PRECISION: tl.constexpr,  # these four: _tiling.Arithmetic
-    APPROXIMATE: tl.constexpr,
+    PRECISION: tl.constexpr,  # these three: _tiling.Arithmetic
     WIDEN: tl.constexpr,
     ASSEMBLY: tl.constexpr,
     PAIRED: tl.constexpr,
@@ -130,6 +130,7 @@ def _siamese_bwd_kernel(
     )
     last = length - 1
     first_row = seq * (T + 1)
+    last_row = first_row + last
 
     # units of the cells, [blocks, half, 1, 1, warps, 8, 1]
     block = tl.arange(0, BLOCKS)[:, None, None, None, None, None, None]
@@ -138,14 +139,12 @@ def _siamese_bwd_kernel(
     within = 16 * warp + tl.arange(0, 8)[None, None, None, None, None, :, None]
     unit = block * (16 * WARPS) + half * 8 + within
     # loads of one value a cell would get a layout of their own if units were seen to be adjacent
-    unit_apart = unit ^ zero
-    # records of step t stand in row t + 1 of a sequence's, its gate gradients in row t: beside h of
-    # the step before
-    gates_ptrs = gates_ptr + (tl.expand_dims(unit + BLOCK_H, 7) * GATES + tl.arange(0, GATES))
+    unit_apart = block * (16 * WARPS) + half * 8 + (within ^ zero)
+    gates_ptrs = gates_ptr + (tl.expand_dims(unit, 7) * GATES + tl.arange(0, GATES))
     if STATES == 2:
-        cells_ptrs = cells_ptr + (tl.expand_dims(unit + BLOCK_H, 7) * 2 + tl.arange(0, 2))
+        cells_ptrs = cells_ptr + (tl.expand_dims(unit, 7) * 2 + tl.arange(0, 2))
     else:
-        cells_ptrs = cells_ptr + (unit_apart + BLOCK_H)
+        cells_ptrs = cells_ptr + unit_apart
     dgates_ptrs = dgates_ptr + (tl.expand_dims(unit, 7) * 4 + tl.arange(0, 4))
 
     # gradient of the sentence vectors; of 2h, which is what the recurrence carries
@@ -164,9 +163,9 @@ def _siamese_bwd_kernel(
     dv = 0.5 * dv
 
     # rows of steps behind a sequence's end are its last row's: finite, and its gradient is 0 there
-    row = _at_units(first_row + tl.minimum(steps - 1, last)).to(tl.int64)
-    gates = _load_gates(gates_ptrs, row, GATES * BLOCK_H, DTYPE)
-    states = _load_states(cells_ptrs, row, STATES * BLOCK_H, DTYPE)
+    start = _at_units(last_row).to(tl.int64)
+    gates = _load_gates(gates_ptrs, start, GATES * BLOCK_H, DTYPE)
+    states = _load_states(cells_ptrs, start, STATES * BLOCK_H, DTYPE)
     dc = tl.zeros((BLOCKS, 2, COLUMNS, 2, WARPS, 8, 4), tl.float32)
     if HAS_MASK:
         m = _mask_at(steps - 1, mask_ptr, seq, last, T)
@@ -179,16 +178,12 @@ def _siamese_bwd_kernel(
         # of 0: a use ahead of the loop keeps the weight's change of layout ahead of it
         nothing = tl.zeros((4 * BLOCK_H, BLOCK_N), DOT_DTYPE)
         dh = tl.dot(weight, nothing, dh, input_precision=PRECISION)
-    for s in range(steps):
-        t = steps - 1 - s
-        row = _at_units(first_row + tl.minimum(t - 1, last)).to(tl.int64)
-        gates_before = _load_gates(gates_ptrs, row, GATES * BLOCK_H, DTYPE)
-        states_before = _load_states(cells_ptrs, row, STATES * BLOCK_H, DTYPE)
-        if HAS_MASK:
-            upstream = dv * _at_units(_mask_at(t - 1, mask_ptr, seq, last, T))
-        else:
-            upstream = tl.where(_at_units(last == t - 1), dv, 0.0)
-
+    t = steps - 1
+    row = first_row + t
+    for _ in range(steps):
+        before = _at_units(tl.minimum(row - 1, last_row)).to(tl.int64)
+        gates_before = _load_gates(gates_ptrs, before, GATES * BLOCK_H, DTYPE)
+        states_before = _load_states(cells_ptrs, before, STATES * BLOCK_H, DTYPE)
         i, f, g, o = _gates(gates, DTYPE)
         tanh_c, c_before = _states(states, DTYPE)
         d = _as_cells(dh, BLOCKS, COLUMNS, WARPS)
@@ -204,6 +199,11 @@ def _siamese_bwd_kernel(
         dc = d_c * f + d_c
         r = dc * c_before
         df = r - r * f
+
+        if HAS_MASK:
+            upstream = dv * _at_units(_mask_at(t - 1, mask_ptr, seq, last, T))
+        else:
+            upstream = tl.where(_at_units(length == t), dv, 0.0)
 
         da = tl.join(tl.join(di, dg), tl.join(df, do)).to(DTYPE)
         rows = tl.permute(_opaque(da, ASSEMBLY), (7, 8, 0, 4, 1, 5, 2, 6, 3))
@@ -224,10 +224,11 @@ def _siamese_bwd_kernel(
         else:
             dh = tl.dot(weight, rows, dh, input_precision=PRECISION)
 
-        at = _at_units(first_row + t).to(tl.int64)
+        at = tl.expand_dims(_at_units(row), 7).to(tl.int64) * (4 * BLOCK_H)
         da = tl.reshape(da, d.shape + (4,))
-        dgates_at = dgates_ptrs + tl.expand_dims(at * (4 * BLOCK_H), 7)
-        _store_cells(dgates_at, da, _at_units(t <= last), 7)
+        _store_cells(dgates_ptrs + at, da, _at_units(t <= last), 7)
+        t -= 1
+        row -= 1
         gates = gates_before
         states = states_before
 
@@ -282,8 +283,8 @@ def siamese_bwd(
         lengths_ptr=lengths,
         mask_ptr=lengths if mask is None else mask,
         order_ptr=lengths if order is None else order,
-        gates_ptr=gates.view(words),
-        cells_ptr=cells.view(words),
+        gates_ptr=gates[1:].view(words),
+        cells_ptr=cells[1:].view(words),
         dgates_ptr=dgates,
         B=B,
         T=steps,
@@ -298,7 +299,9 @@ def siamese_bwd(
         HAS_DH=dh is not None,
         HAS_MASK=mask is not None,
         HAS_ORDER=order is not None,
+        PRECISION=how.PRECISION,
+        WIDEN=how.WIDEN,
+        ASSEMBLY=how.ASSEMBLY,
         num_warps=tile.num_warps,
-        **how._asdict(),
     )
     return dgates

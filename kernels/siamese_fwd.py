@@ -51,7 +51,8 @@ def _at_units(x):
 
 @triton.jit
 def _load_rows(table_ptrs, row, STRIDE: tl.constexpr):
-    offs = tl.expand_dims(_at_units(row.to(tl.int64) * STRIDE), 6)
+    # multiplied last: only so is the offset seen to be a multiple of the stride
+    offs = tl.expand_dims(_at_units(row), 6).to(tl.int64) * STRIDE
     return _load_cells(table_ptrs + offs, 6)
 
 
@@ -79,9 +80,9 @@ def _siamese_fwd_kernel(
     similarity_ptr,  # [B] out: exp(-scale * L1) (PAIRED)
     distance_ptr,  # [B] out: L1 (PAIRED)
     h_ptr,  # [N, H] out: sentence vectors
-    gates_ptr,  # [N * (T + 1), BLOCK_H, 4] out: tanh values of i, f, g, o (STORE_RECORDS)
-    cells_ptr,  # [N * (T + 1), BLOCK_H, 2] out: tanh of the new cell, the old cell (STORE_RECORDS)
-    states_ptr,  # [N * (T + 1), BLOCK_H] out: 2h (STORE_RECORDS)
+    gates_ptr,  # [N, T + 1, BLOCK_H, 4] out: tanh values of i, f, g, o (STORE_RECORDS)
+    cells_ptr,  # [N, T + 1, BLOCK_H, 2] out: tanh of the new cell, the old cell (STORE_RECORDS)
+    states_ptr,  # [N, T + 1, BLOCK_H] out: 2h (STORE_RECORDS)
     scale,
     B,  # pairs; sequences where not PAIRED
     T,
@@ -117,6 +118,7 @@ def _siamese_fwd_kernel(
     # a finished sequence runs on over its last token, unseen: no load in the loop has a mask
     final = tl.maximum(last, 0)
     first_row = seq * T
+    record_row = seq * (T + 1)
 
     # units of the cells, [blocks, 1, 1, warps, 8, 1]
     block = tl.arange(0, BLOCKS)[:, None, None, None, None, None]
@@ -126,10 +128,9 @@ def _siamese_fwd_kernel(
     # stores of one value a cell would get a layout of their own if units were seen to be adjacent
     unit_apart = block * (8 * WARPS) + (within ^ zero)
     table_ptrs = table_ptr + (tl.expand_dims(unit, 6) * WORDS + tl.arange(0, WORDS))
-    # a sequence has T + 1 rows of records, step t in row t + 1: what stands before it is in range
-    gates_ptrs = gates_ptr + (tl.expand_dims(unit + BLOCK_H, 6) * 4 + tl.arange(0, 4))
-    cells_ptrs = cells_ptr + (tl.expand_dims(unit + BLOCK_H, 6) * 2 + tl.arange(0, 2))
-    states_ptrs = states_ptr + (unit_apart + BLOCK_H)
+    gates_ptrs = gates_ptr + (tl.expand_dims(unit, 6) * 4 + tl.arange(0, 4))
+    cells_ptrs = cells_ptr + (tl.expand_dims(unit, 6) * 2 + tl.arange(0, 2))
+    states_ptrs = states_ptr + unit_apart
 
     c = tl.zeros((BLOCKS, COLUMNS, 2, WARPS, 8, 4), tl.float32)
     v = c
@@ -186,12 +187,13 @@ def _siamese_fwd_kernel(
         if STORE_RECORDS:
             inside = _at_units(t <= last)
             # rows are addressed through 32 bits: one wide multiply-add an address
-            at = _at_units(seq * (T + 1) + t).to(tl.int64)
+            at = _at_units(record_row).to(tl.int64)
             values = tl.reshape(tl.join(tl.join(i, g), tl.join(f, o)), h.shape + (4,))
             _store_cells(gates_ptrs + tl.expand_dims(at * (4 * BLOCK_H), 6), values, inside, 6)
             values = tl.join(tanh_c, c_before)
             _store_cells(cells_ptrs + tl.expand_dims(at * (2 * BLOCK_H), 6), values, inside, 6)
             _store_cells(states_ptrs + at * BLOCK_H, h, inside, 6)
+            record_row += 1
 
     v = 0.5 * v
     offs = _at_units(seq).to(tl.int64) * H + unit
@@ -256,9 +258,11 @@ def siamese_fwd(
         similarity_ptr=similarity,
         distance_ptr=distance,
         h_ptr=h,
-        gates_ptr=gates,
-        cells_ptr=cells,
-        states_ptr=states,
+        # step t of a sequence goes to row t + 1 of its T + 1: its h then stands beside the gate
+        # gradients of the step that it entered, and the backward may read a row too far
+        gates_ptr=gates[1:],
+        cells_ptr=cells[1:],
+        states_ptr=states[1:],
         scale=scale,
         B=B,
         T=steps,

@@ -81,7 +81,7 @@ def test_train_prints_a_line_an_epoch_and_a_table(trained):
     out, printed = trained
     assert re.search(r"train: \d+ pairs, \d+ repeats dropped", printed)
     assert "100.0% of the tokens have a vector" in printed
-    epoch = r"train epoch \d: loss \d\.\d{4}  dev Pearson -?\d\.\d{4}  \d+ pairs/s"
+    epoch = r"train epoch \d/3: loss \d\.\d{4}  dev Pearson -?\d\.\d{4}  \d+ pairs/s"
     assert len(re.findall(epoch, printed)) == 3
     assert re.search(r"dev \(epoch \d\).*30", printed)
     assert re.search(r"test .*25", printed)
@@ -186,7 +186,7 @@ def test_every_option_of_train(files, tmp_path):
     )
     result = run(*args, "--vectors", files.vectors, "--quiet")
     assert result.exit_code == 0, result.output
-    assert "epoch 1:" not in result.stdout
+    assert "epoch 1/" not in result.stdout
     config = json.loads((tmp_path / "run" / "run.json").read_text())["config"]
     given = {
         "scale": 0.5,
@@ -215,7 +215,7 @@ def test_in_a_process_of_its_own(files, tmp_path):
     stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 0, stderr
     assert stderr == ""
-    assert "train epoch 3:" in stdout
+    assert "train epoch 3/3:" in stdout
     assert f"run folder: {tmp_path / 'run'}" in stdout
 
 
@@ -275,7 +275,7 @@ def test_wrong_files(files, tmp_path):
     fails(3, "nowhere.tsv", "cannot be read", train=tmp_path / "nowhere.tsv")
     fails(3, "dev.tsv", "format", vectors=files.dev)
     fails(3, "dev.tsv", "no column 'x'", columns="x,sentence_B,relatedness_score")
-    fails(3, "spelling", "JSON", spelling=broken(1, "no JSON"))
+    fails(3, "broken.tsv", "JSON", spelling=broken(1, "no JSON"))
     fails(2, "LEFT,RIGHT,SCORE", columns="one,two")
     fails(2, "score_range", **{"score-range": (5, 1)})
     # nothing was trained

@@ -104,10 +104,10 @@ def train(config: Config, watcher: Watcher | None = None) -> Result:
         run.phases()
     except KeyboardInterrupt:
         interrupted = True
-    if run.best is None:
-        model.save_pretrained(folder.path)
-    else:
+    if run.best is not None:
         model.lstm.load_state_dict(run.best_weights)
+    if interrupted:  # in the first epoch, or while the files were being written
+        model.save_pretrained(folder.path)
     test = None
     if inputs.test is not None and not interrupted:
         test = evaluate(model, inputs.test)

@@ -67,8 +67,8 @@ class RunFolder:
             )
         path.mkdir(parents=True, exist_ok=True)
         # a disk that cannot be written is noticed now, before any work
-        with tempfile.TemporaryFile(dir=path):
-            self.path = path
+        tempfile.TemporaryFile(dir=path).close()
+        self.path = path
 
     def add_epoch(self, record: EpochRecord) -> None:
         """Append a line to `metrics.csv`."""

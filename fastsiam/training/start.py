@@ -48,7 +48,7 @@ def make_optimizer(
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer: Optimizer
     if config.optimizer == "adam":
-        optimizer = Adam(parameters, lr=config.first_lr)
+        optimizer = Adam(parameters, lr=config.first_lr, fused=True)
     else:
         optimizer = Adadelta(parameters, lr=config.first_lr, rho=0.95, eps=1e-6)
     return optimizer, CosineAnnealingLR(optimizer, T_max=steps)
