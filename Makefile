@@ -39,8 +39,14 @@ check: $(VENV)/.made-dev
 	$(BIN)/python -m pytest -n auto tests
 	$(BIN)/python -m benchmarks.report --check
 
+# TRITON=3.6.0 compiles with that version instead of the environment's
 aot: $(VENV)/.made-test
+ifdef TRITON
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/triton-$(TRITON) triton==$(TRITON)
+	PYTHONPATH=build/triton-$(TRITON) $(BIN)/python tests/aot.py --json build/aot-$(TRITON).json
+else
 	$(BIN)/python tests/aot.py
+endif
 
 gpu: gpu-test gpu-sanitize gpu-bench
 

@@ -3,7 +3,8 @@
 Importing it loads torch alone; triton, gensim, nltk and scipy are loaded by what first needs them.
 """
 
+from fastsiam.model import TextSiamese
 from fastsiam.modules import SiameseLSTM
 
 __version__ = "0.1.0"
-__all__ = ["SiameseLSTM"]
+__all__ = ["SiameseLSTM", "TextSiamese"]

@@ -1,13 +1,19 @@
 """The "torch" backend: the kernels' algorithm in batched tensor operations, on any device.
 
-The sequences of both towers stand in one batch, longest first, so that the rows still alive at
-step t are the first `sizes[t]` ones: no step computes padding, and a finished row keeps its last
-state without being touched. Their tokens lie time-major in "packed" rows, one GEMM projects every
-distinct word of the batch once, and the backward takes its local derivatives and its weight
-gradients in bulk. docs/kernels.md derives the backward.
+The sequences of both towers stand in one batch, longest first, cut into groups. In a group the rows
+still alive at a step are its first ones: no step computes padding, and a finished row keeps its
+last state without being touched. The tokens lie in "packed" rows, group after group and time-major
+in each, and are worked on in blocks of a few steps: what a block needs fits a core's own cache, and
+the next one uses the same memory, which is dear when it comes fresh from the system. Every distinct
+word of the batch is projected once, and the backward takes its local derivatives and its weight
+gradients a block at a time. docs/kernels.md derives the backward.
 
-Inside this file, and nowhere else, gates stand in the order g, i, f, o: one sigmoid covers the last
-three and the cell's gradient multiplies the first three.
+A sigmoid costs a third of a tanh here, so tanh(x) is 2 * sigmoid(2x) - 1 throughout. Inside this
+file, and nowhere else, three things are therefore scaled, by powers of two and so without rounding:
+
+    gates   i, f, (tanh g) / 2, o; before the sigmoid g is doubled, by its rows of the weights
+    c       twice the cell state:    c = f * c + 4 * i * g
+    h       half the hidden state:   h = o * (sigmoid(c) - 1/2)
 """
 
 from __future__ import annotations
@@ -17,24 +23,62 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# sequences in a group, and packed rows that a block has at least where its group has as many
+GROUP = 512
+BLOCK = 1024
+
+# factors on the rows of i, f, g, o: of the weights that make gates, which double g, and of all that
+# is multiplied with the gates' gradients, which `_block_backward` leaves without any factor
+FORWARD = (1.0, 1.0, 2.0, 1.0)
+BACKWARD = (8.0, 2.0, 16.0, 2.0)
+
+
+class Block(NamedTuple):
+    """Consecutive steps of one group."""
+
+    start: int  # the group's first sequence, in the schedule's order
+    first: bool  # whether the sequences begin here
+    sizes: list[int]  # rows alive at each step
+    rows: slice  # packed rows
+
 
 class Schedule(NamedTuple):
     """Which rows run at which step."""
 
     order: Tensor  # [N] sequences, longest first
-    sizes: list[int]  # rows alive at each step, up to the longest length
-    tokens: Tensor  # [M] flat positions n * T + t of the valid tokens, time-major in that order
+    tokens: Tensor  # [M] flat positions n * T + t of the valid tokens, as they are packed
+    blocks: list[Block]
+
+
+class States(NamedTuple):
+    """What the sequences carry from step to step, [N, H] each, in the schedule's order."""
+
+    h: Tensor
+    c: Tensor
+    pooled: Tensor | None  # the masked sum of h, where there is a mask
 
 
 def schedule(lengths: Tensor, steps: int) -> Schedule:
     """Order the sequences of `lengths`, [N], each padded to `steps`."""
-    N = lengths.shape[0]
     longest_first, order = torch.sort(lengths.long(), descending=True, stable=True)
-    finished = torch.bincount(longest_first, minlength=1).cumsum(0)[:-1]
-    time = torch.arange(finished.shape[0], device=lengths.device).unsqueeze(1)
-    positions = order * steps + time
-    tokens = positions[time < longest_first]
-    return Schedule(order, (N - finished).tolist(), tokens)
+    tokens: list[Tensor] = []
+    blocks: list[Block] = []
+    start = row = 0
+    for some, sequences in zip(longest_first.split(GROUP), order.split(GROUP), strict=True):
+        finished = torch.bincount(some, minlength=1).cumsum(0)[:-1]
+        time = torch.arange(finished.shape[0], device=lengths.device).unsqueeze(1)
+        tokens.append((sequences * steps + time)[time < some])
+        left = (some.shape[0] - finished).tolist()
+        first = True
+        while left:
+            taken = count = 0
+            while taken < len(left) and count < BLOCK:
+                count += left[taken]
+                taken += 1
+            blocks.append(Block(start, first, left[:taken], slice(row, row + count)))
+            left, first, row = left[taken:], False, row + count
+        start += some.shape[0]
+    return Schedule(order, torch.cat(tokens), blocks)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -43,17 +87,19 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def project(x: Tensor, weight_ih: Tensor, bias: Tensor | None) -> Tensor:
-    """Return the input gates of the rows of x, [R, D], as [R, 4H] in this file's order."""
+    """Return the input gates of the rows of x, [R, D], as [R, 4H] with g doubled."""
     x = x.to(compute_dtype(x.dtype))
-    weight = _reorder(weight_ih.to(x.dtype))
+    weight = _scaled(weight_ih.to(x.dtype), FORWARD)
     if bias is None:
         return x @ weight.T
-    return torch.addmm(_reorder(bias.to(x.dtype)), x, weight.T)
+    return torch.addmm(_scaled(bias.to(x.dtype), FORWARD), x, weight.T)
 
 
 def recurrent_weight(weight_hh: Tensor) -> Tensor:
     """Return weight_hh, [4H, H], as the [H, 4H] right-hand side of a step's product."""
-    return _reorder(weight_hh.to(compute_dtype(weight_hh.dtype))).T.contiguous()
+    weight = weight_hh.to(compute_dtype(weight_hh.dtype))
+    # doubled, because h is half the hidden state
+    return (_scaled(weight, FORWARD) * 2).T.contiguous()
 
 
 def infer(
@@ -79,30 +125,12 @@ def infer(
     """
     plan = schedule(lengths, steps)
     rows = plan.tokens if ids is None else ids.reshape(-1)[plan.tokens]
-    N, H = lengths.shape[0], weight.shape[0]
-    h = table.new_zeros(N, H)
-    c = table.new_zeros(N, H)
-    pooled = None if mask is None else table.new_zeros(N, H)
     weights = _packed_mask(mask, plan, table.dtype)
-    gates = table.new_empty(N, 4 * H)
-    n = -1
-    for t, row in enumerate(rows.split(plan.sizes)):
-        if plan.sizes[t] != n:
-            n = plan.sizes[t]
-            a, ht, ct = gates[:n], h[:n], c[:n]
-            g, i, f, o = a.chunk(4, dim=1)
-            ifo = a[:, H:]
-        torch.index_select(table, 0, row, out=a)
-        a.addmm_(ht, weight)
-        g.tanh_()
-        ifo.sigmoid_()
-        ct.mul_(f).addcmul_(i, g)
-        torch.tanh(ct, out=ht).mul_(o)
-        if pooled is not None and weights is not None:
-            pooled[:n].addcmul_(ht, weights[t])
-    out = torch.empty_like(h)
-    out[plan.order] = h if pooled is None else pooled
-    return out
+    states = _start(table, lengths.shape[0], weight.shape[0], mask)
+    for block in plan.blocks:
+        gates = torch.index_select(table, 0, rows[block.rows])
+        _block_forward(block, gates, weight, weights, states)
+    return _vectors(states, plan)
 
 
 def forward(
@@ -123,49 +151,29 @@ def forward(
         weight_ih, weight_hh, bias: [4H, D], [4H, H], [4H] or None, PyTorch's order.
 
     Returns:
-        Sentence vectors [N, H]; then activations of the packed tokens, in the first sum(lengths) of
-        N * T rows: gates [N * T, 4H], cell states and hidden states [N * T, H].
+        Sentence vectors [N, H]; then of the packed tokens, in the first sum(lengths) of N * T rows,
+        their gates [N * T, 4H] and the states before them: c and h, [N * T, H] each.
     """
     plan = schedule(lengths, steps)
     words, rows = _distinct(ids, plan, x.shape[0])
-    table = project(x[words], weight_ih, bias)
-    N, H, M = lengths.shape[0], weight_hh.shape[1], plan.tokens.shape[0]
+    table = torch.cat([project(x[some], weight_ih, bias) for some in words.split(BLOCK)])
     weight = recurrent_weight(weight_hh)
+    N, H = lengths.shape[0], weight_hh.shape[1]
     # the packed rows come first; the rest is never touched, so it costs address space only
-    saved_gates = table.new_empty(N * steps, 4 * H)
-    saved_c = table.new_empty(N * steps, H)
-    saved_h = table.new_empty(N * steps, H)
-    gates, c, h = saved_gates[:M], saved_c[:M], saved_h[:M]
-    if rows is None:
-        gates.copy_(table)
-    else:
-        torch.index_select(table, 0, rows, out=gates)
-    hs, cs = h.split(plan.sizes), c.split(plan.sizes)
-    each = [part.split(plan.sizes) for part in (gates, *gates.chunk(4, dim=1), gates[:, H:])]
-    for t, (a, g, i, f, o, ifo) in enumerate(zip(*each, strict=True)):
-        n = plan.sizes[t]
-        if t:
-            a.addmm_(hs[t - 1][:n], weight)
-        g.tanh_()
-        ifo.sigmoid_()
-        torch.mul(i, g, out=cs[t])
-        if t:
-            cs[t].addcmul_(f, cs[t - 1][:n])
-        torch.tanh(cs[t], out=hs[t]).mul_(o)
-    v = table.new_zeros(N, H)
-    weights = _packed_mask(mask, plan, v.dtype)
-    if weights is None:
-        # a row's last state is its last packed one
-        for t, n in enumerate(plan.sizes):
-            done = plan.sizes[t + 1] if t + 1 < len(plan.sizes) else 0
-            if done < n:
-                v[done:n] = hs[t][done:]
-    else:
-        for w, ht in zip(weights, hs, strict=True):
-            v[: ht.shape[0]].addcmul_(ht, w)
-    out = torch.empty_like(v)
-    out[plan.order] = v
-    return out, saved_gates, saved_c, saved_h
+    gates = table.new_empty(N * steps, 4 * H)
+    c = table.new_empty(N * steps, H)
+    h = table.new_empty(N * steps, H)
+    weights = _packed_mask(mask, plan, table.dtype)
+    states = _start(table, N, H, mask)
+    for block in plan.blocks:
+        part = gates[block.rows]
+        if rows is None:
+            part.copy_(table[block.rows])
+        else:
+            torch.index_select(table, 0, rows[block.rows], out=part)
+        before = c[block.rows], h[block.rows]
+        _block_forward(block, part, weight, weights, states, before)
+    return _vectors(states, plan), gates, c, h
 
 
 def backward(
@@ -194,84 +202,151 @@ def backward(
     """
     plan = schedule(lengths, steps)
     words, rows = _distinct(ids, plan, x.shape[0])
-    N, H, M = lengths.shape[0], weight_hh.shape[1], plan.tokens.shape[0]
-    sizes = plan.sizes
-    gates, c, h = gates[:M], c[:M], h[:M]
-    before = _rows_before(plan)
-    first = sizes[0] if sizes else 0
-    c_prev = c.new_zeros(M, H)
-    torch.index_select(c, 0, before, out=c_prev[first:])
-
-    g, i, f, o = gates.chunk(4, dim=1)
-    tanh_c = torch.tanh(c)
-    dgates = torch.empty_like(gates)
-    # local derivatives first, each multiplied by the cell's or the state's gradient in the loop
-    local = dgates.view(M, 4, H)
-    torch.mul(i, 1 - g * g, out=local[:, 0])
-    torch.mul(g, i - i * i, out=local[:, 1])
-    torch.mul(c_prev, f - f * f, out=local[:, 2])
-    torch.mul(tanh_c, o - o * o, out=local[:, 3])
-    dtanh = o - o * tanh_c * tanh_c
-
-    dv = dv.to(h.dtype)[plan.order]
+    H = h.shape[1]
+    weight = _scaled(weight_hh.to(h.dtype), BACKWARD)
     weights = _packed_mask(mask, plan, h.dtype)
-    # without a mask a row of dh holds dv until the loop, coming from behind, reaches its last step
-    dh_all = dv.clone() if weights is None else torch.zeros_like(dv)
-    dc_all = torch.zeros_like(dv)
-    weight = _reorder(weight_hh.to(h.dtype))
-    parts = (dgates, local[:, :3], local[:, 3], dtanh, f)
-    each = list(zip(*(part.split(sizes) for part in parts), strict=True))
-    for t in range(len(sizes) - 1, -1, -1):
-        da, of_c, of_h, dtanh_t, ft = each[t]
-        dh, dc = dh_all[: sizes[t]], dc_all[: sizes[t]]
-        if weights is not None:
-            dh.addcmul_(dv[: sizes[t]], weights[t])
-        dc.addcmul_(dh, dtanh_t)
-        of_c.mul_(dc.unsqueeze(1))
-        of_h.mul_(dh)
-        if t:
-            torch.mm(da, weight, out=dh)
-            dc.mul_(ft)
+    dv = dv.to(h.dtype)[plan.order]
+    # without a mask a row of dh holds dv until the steps, coming from behind, reach its last one
+    grads = States(
+        h=dv.clone() if mask is None else torch.zeros_like(dv),
+        c=torch.zeros_like(dv),
+        pooled=None if mask is None else dv,
+    )
+    dtable = gates.new_zeros(words.shape[0], 4 * H)
+    dweight_hh = gates.new_zeros(H, 4 * H)
+    for block in reversed(plan.blocks):
+        dgates = _block_backward(block, gates[block.rows], c[block.rows], weight, weights, grads)
+        dweight_hh.addmm_(h[block.rows].T, dgates)
+        if rows is None:
+            dtable[block.rows] = dgates
+        else:
+            dtable.index_add_(0, rows[block.rows], dgates)
 
-    dweight_hh = dgates[first:].T @ h[before]
-    if rows is None:
-        dtable = dgates
-    else:
-        dtable = dgates.new_zeros(words.shape[0], 4 * H).index_add_(0, rows, dgates)
-    dweight_ih = dtable.T @ x[words].to(h.dtype)
+    dweight_ih = gates.new_zeros(x.shape[1], 4 * H)
+    for some, part in zip(words.split(BLOCK), dtable.split(BLOCK), strict=True):
+        dweight_ih.addmm_(x[some].to(h.dtype).T, part)
     dx = h.new_zeros(x.shape if need_dx else 0)
     if need_dx:
-        dx[words] = dtable @ _reorder(weight_ih.to(h.dtype))
-    return dx, _restore(dweight_ih), _restore(dweight_hh), _restore(dtable.sum(dim=0))
+        dx[words] = dtable @ _scaled(weight_ih.to(h.dtype), BACKWARD)
+    return (
+        dx,
+        _scaled(dweight_ih.T, BACKWARD),
+        _scaled(dweight_hh.T, BACKWARD) * 2,
+        _scaled(dtable.sum(dim=0), BACKWARD),
+    )
 
 
-def _reorder(gates: Tensor) -> Tensor:
-    """Take the 4H rows of a weight or bias from i, f, g, o to g, i, f, o."""
-    i, f, g, o = gates.chunk(4)
-    return torch.cat((g, i, f, o))
+def _start(table: Tensor, N: int, H: int, mask: Tensor | None) -> States:
+    h, c = table.new_zeros(N, H), table.new_zeros(N, H)
+    return States(h, c, None if mask is None else table.new_zeros(N, H))
 
 
-def _restore(gates: Tensor) -> Tensor:
-    """Undo `_reorder`."""
-    g, i, f, o = gates.chunk(4)
-    return torch.cat((i, f, g, o))
+def _vectors(states: States, plan: Schedule) -> Tensor:
+    """Return the sentence vectors in the caller's order."""
+    v = states.h if states.pooled is None else states.pooled
+    return torch.empty_like(v).index_copy_(0, plan.order, v * 2)
 
 
-def _packed_mask(
-    mask: Tensor | None, plan: Schedule, dtype: torch.dtype
-) -> tuple[Tensor, ...] | None:
-    """Return the mask's weights of the rows alive at each step, [sizes[t], 1] each."""
-    if mask is None:
-        return None
-    return mask.reshape(-1, 1)[plan.tokens].to(dtype).split(plan.sizes)
+def _block_forward(
+    block: Block,
+    gates: Tensor,
+    weight: Tensor,
+    weights: Tensor | None,
+    states: States,
+    before: tuple[Tensor, Tensor] | None = None,
+) -> None:
+    """Run a block and change the states.
+
+    Args:
+        block: its steps.
+        gates: [m, 4H] input gates of its packed tokens; they become the gates.
+        weight: [H, 4H] from `recurrent_weight`.
+        weights: [M, 1] from `_packed_mask`, or None.
+        states: of all sequences.
+        before: c and h, [m, H] each, to be filled with the states before each token.
+    """
+    # as a tensor: a number would be made into one at each step
+    half = gates.new_tensor(0.5)
+    parts = (gates, *gates.view(-1, 4, weight.shape[0]).unbind(1))
+    each = zip(*(part.split(block.sizes) for part in parts), strict=True)
+    saved = None if before is None else [part.split(block.sizes) for part in before]
+    pooling = None if weights is None else weights[block.rows].split(block.sizes)
+    for t, (a, i, f, g, o) in enumerate(each):
+        alive = slice(block.start, block.start + block.sizes[t])
+        h, c = states.h[alive], states.c[alive]
+        if saved is not None:
+            saved[0][t].copy_(c)
+            saved[1][t].copy_(h)
+        if t or not block.first:
+            a.addmm_(h, weight)
+        a.sigmoid_()
+        g.sub_(half)
+        c.mul_(f).addcmul_(i, g, value=4)
+        torch.sigmoid(c, out=h).sub_(half).mul_(o)
+        if pooling is not None and states.pooled is not None:
+            states.pooled[alive].addcmul_(h, pooling[t])
 
 
-def _rows_before(plan: Schedule) -> Tensor:
-    """Return, for the packed tokens of every step but the first, the row of the token before it."""
-    M = plan.tokens.shape[0]
-    sizes = torch.tensor(plan.sizes, dtype=torch.long)
-    shift = sizes[:-1].repeat_interleave(sizes[1:]).to(plan.tokens.device)
-    return torch.arange(M - shift.shape[0], M, device=shift.device) - shift
+def _block_backward(
+    block: Block,
+    gates: Tensor,
+    c_before: Tensor,
+    weight: Tensor,
+    weights: Tensor | None,
+    grads: States,
+) -> Tensor:
+    """Carry the gradients of the states back through a block.
+
+    Args:
+        block: its steps.
+        gates, c_before: [m, 4H] and [m, H] of its packed tokens.
+        weight: [4H, H], with the factors of BACKWARD.
+        weights: [M, 1] from `_packed_mask`, or None.
+        grads: of the states of all sequences; `pooled` is only read.
+
+    Returns:
+        [m, 4H], gradients of the gates before the sigmoid, without the factors of BACKWARD.
+    """
+    half = gates.new_tensor(0.5)
+    i, f, g, o = gates.view(-1, 4, weight.shape[1]).unbind(1)
+    # local derivatives first, each multiplied by the gradient of c or h in the loop
+    s = torch.mul(f, c_before).addcmul_(i, g, value=4).sigmoid_()
+    dc_dh = torch.addcmul(s, s, s, value=-1).mul_(o)
+    dgates = torch.addcmul(gates, gates, gates, value=-1)
+    local = dgates.view(-1, 4, weight.shape[1])
+    di, df, dg, do = local.unbind(1)
+    torch.addcmul(half * half, g, g, value=-1, out=dg).mul_(i)
+    di.mul_(g)
+    df.mul_(c_before)
+    do.mul_(s.sub_(half))
+
+    parts = (dgates, local[:, :3], do, dc_dh, f)
+    each = list(zip(*(part.split(block.sizes) for part in parts), strict=True))
+    pooling = None if weights is None else weights[block.rows].split(block.sizes)
+    for t in range(len(each) - 1, -1, -1):
+        da, da_ifg, da_o, dc_dh_t, f_t = each[t]
+        alive = slice(block.start, block.start + block.sizes[t])
+        dh, dc = grads.h[alive], grads.c[alive]
+        if pooling is not None and grads.pooled is not None:
+            dh.addcmul_(grads.pooled[alive], pooling[t])
+        dc.addcmul_(dh, dc_dh_t)
+        da_ifg.mul_(dc.unsqueeze(1))
+        da_o.mul_(dh)
+        if t or not block.first:
+            torch.mm(da, weight, out=dh)
+            dc.mul_(f_t)
+    return dgates
+
+
+def _scaled(gates: Tensor, factors: tuple[float, ...]) -> Tensor:
+    """Multiply the rows of i, f, g, o of a weight or bias by a factor each."""
+    factor = gates.new_tensor(factors).unsqueeze(1)
+    return (gates.reshape(4, -1) * factor).view(gates.shape)
+
+
+def _packed_mask(mask: Tensor | None, plan: Schedule, dtype: torch.dtype) -> Tensor | None:
+    """Return the mask's weights of the packed tokens, [M, 1]."""
+    return None if mask is None else mask.reshape(-1, 1)[plan.tokens].to(dtype)
 
 
 def _distinct(ids: Tensor | None, plan: Schedule, R: int) -> tuple[Tensor, Tensor | None]:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastsiam import _ops, reference
-from fastsiam._backend import BACKENDS, Choice, resolve_backend
+from fastsiam._backend import Choice, resolve_backend
 
 Lengths = Tensor | Sequence[int] | None
 
@@ -149,7 +149,8 @@ def prepare(weights: Weights, embedding: Tensor, backend: str = "auto") -> Prepa
         What to hand to `siamese_lstm` or `lstm_encode` as `prepared` until a weight changes, or
         None where the backend has no use for it ("lstm" and "reference").
     """
-    weights, embedding = _autocast(weights, embedding)
+    dtype = _computed_dtype(weights)
+    weights, embedding = _cast(weights, dtype), embedding.to(dtype)
     who = "prepare"
     choice = explain(weights, embedding.device, backend, who=who)
     if choice.backend not in ("torch", "triton"):
@@ -182,9 +183,12 @@ def _run(
     prepared: Prepared | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return similarity and log-similarity, [B] (empty unless paired), and vectors [N, H]."""
-    weights, embedding = _autocast(weights, embedding)
+    dtype = _computed_dtype(weights)
+    weights = _cast(weights, dtype)
     if embedding is None:
-        x = x.to(weights.weight_hh.dtype)
+        x = x.to(dtype)
+    else:
+        embedding = embedding.to(dtype)
     if isinstance(scale, Tensor):
         if scale.numel() != 1:
             raise ValueError(f"{who}: scale must have one element, got {list(scale.shape)}")
@@ -219,9 +223,13 @@ def _fused(
     """Return similarity, L1 and vectors from the backends that have the whole program."""
     factor, learned_scale = (1.0, scale) if isinstance(scale, Tensor) else (scale, None)
     steps = x.shape[1]
-    allow_tf32 = x.is_cuda and torch.backends.cudnn.allow_tf32
+    rnn = torch.backends.cudnn.rnn
+    allow_tf32 = x.is_cuda and rnn.fp32_precision == "tf32"  # type: ignore[attr-defined]
     source = x.reshape(-1, x.shape[-1]) if embedding is None else embedding
-    ids = None if embedding is None else x
+    # the kernels address these three by rows without gaps
+    ids = None if embedding is None else x.contiguous()
+    lengths = lengths.contiguous()
+    mask = None if mask is None else mask.contiguous()
     bias = _bias(weights)
     wants_grad = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad
@@ -252,7 +260,7 @@ def _fused(
         )
     else:
         table, weight = prepared.table, prepared.weight
-    return _ops.siamese_infer(
+    outputs: tuple[Tensor, Tensor, Tensor] = _ops.siamese_infer(
         table,
         weight,
         ids,
@@ -267,6 +275,7 @@ def _fused(
         weights.weight_hh.dtype,
         backend,
     )
+    return outputs
 
 
 def _tokens_are_fewer(embedding: Tensor, ids: Tensor) -> bool:
@@ -290,16 +299,18 @@ def _plain_encode(
     embedding: Tensor | None,
 ) -> Tensor:
     """Return [N, H] from the definition, or from torch's own LSTM on the padded batch."""
+    if x.shape[1] == 0:
+        # a step that no sequence has: the weights get gradients, of 0, as from any other batch
+        x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, 1))
+        mask = None if mask is None else F.pad(mask, (0, 1))
     valid = torch.arange(x.shape[1], device=x.device) < lengths.unsqueeze(1)
     if embedding is not None:
         x = F.embedding(torch.where(valid, x, 0), embedding)
     bias = _bias(weights)
-    if backend == "reference":
+    N, H = x.shape[0], weights.weight_hh.shape[1]
+    # an empty batch runs nothing, and not every LSTM of torch's takes one
+    if backend == "reference" or N == 0:
         return reference.encode(x, lengths, mask, weights.weight_ih, weights.weight_hh, bias)
-    N, T, _ = x.shape
-    H = weights.weight_hh.shape[1]
-    if N == 0 or T == 0:
-        return x.new_zeros(N, H)
     parameters = [weights.weight_ih, weights.weight_hh]
     if weights.bias_ih is not None and weights.bias_hh is not None:
         parameters += [weights.bias_ih, weights.bias_hh]
@@ -321,14 +332,22 @@ def _bias(weights: Weights) -> Tensor | None:
     return weights.bias_ih + weights.bias_hh
 
 
-def _autocast(weights: Weights, embedding: Tensor | None) -> tuple[Weights, Tensor | None]:
-    """Return both in autocast's dtype where it is on: the operators are opaque to it."""
-    device = weights.weight_hh.device.type
-    if not torch.is_autocast_enabled(device) or weights.weight_hh.dtype == torch.float64:
-        return weights, embedding
-    dtype = torch.get_autocast_dtype(device)
-    cast = Weights(*(None if w is None else w.to(dtype) for w in weights))
-    return cast, None if embedding is None else embedding.to(dtype)
+def _computed_dtype(weights: Weights) -> torch.dtype:
+    """Return the weights' dtype, or autocast's where it is on: the operators are opaque to it."""
+    device, dtype = weights.weight_hh.device.type, weights.weight_hh.dtype
+    if not torch.is_autocast_enabled(device) or dtype == torch.float64:
+        return dtype
+    return torch.get_autocast_dtype(device)
+
+
+def _cast(weights: Weights, dtype: torch.dtype) -> Weights:
+    weight_ih, weight_hh, bias_ih, bias_hh = weights
+    return Weights(
+        weight_ih.to(dtype),
+        weight_hh.to(dtype),
+        None if bias_ih is None else bias_ih.to(dtype),
+        None if bias_hh is None else bias_hh.to(dtype),
+    )
 
 
 def _join(left: Tensor, right: Tensor) -> Tensor:

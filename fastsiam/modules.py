@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsiam import functional
+from fastsiam._backend import BACKENDS
 from fastsiam.functional import Lengths, Prepared, Weights
 
 
@@ -65,10 +66,9 @@ class SiameseLSTM(nn.Module):
             )
         if not (scale > 0 and math.isfinite(scale)):
             raise ValueError(f"SiameseLSTM: scale must be positive and finite, got {scale}")
-        if backend not in functional.BACKENDS:
+        if backend not in BACKENDS:
             raise ValueError(
-                f"SiameseLSTM: backend must be one of {', '.join(functional.BACKENDS)}, "
-                f"got {backend!r}"
+                f"SiameseLSTM: backend must be one of {', '.join(BACKENDS)}, got {backend!r}"
             )
         self.input_size = input_size
         self.hidden_size = hidden_size
@@ -233,6 +233,7 @@ class SiameseLSTM(nn.Module):
         return lstm
 
     def extra_repr(self) -> str:
+        """Return the options that repr shows."""
         scale = "learned" if self.log_scale is not None else f"{self._scale:g}"
         return (
             f"{self.input_size}, {self.hidden_size}, bias={self.bias}, "
@@ -358,4 +359,5 @@ def _own_embedding(
     weight = table.detach().clone().to(**{k: v for k, v in options.items() if v is not None})
     if options["dtype"] is None:
         weight = weight.to(torch.get_default_dtype())
-    return nn.Embedding.from_pretrained(weight, freeze=freeze)
+    made: nn.Embedding = nn.Embedding.from_pretrained(weight, freeze=freeze)
+    return made

@@ -39,7 +39,7 @@ def encode(
     pooled = x.new_zeros(N, H)
     for t in range(T):
         alive = (t < lengths).unsqueeze(1)
-        # chosen before it is multiplied, so that NaN in the padding reaches neither value nor gradient
+        # chosen before it is multiplied, so NaN in the padding reaches neither value nor gradient
         a = torch.where(alive, x[:, t], 0) @ weight_ih.T + h @ weight_hh.T
         if bias is not None:
             a = a + bias
@@ -49,7 +49,7 @@ def encode(
         c = torch.where(alive, c_next, c)
         h = torch.where(alive, h_next, h)
         if mask is not None:
-            pooled = pooled + torch.where(alive, mask[:, t : t + 1] * h_next, 0)
+            pooled = pooled + torch.where(alive, mask[:, t : t + 1], 0) * h_next
     return h if mask is None else pooled
 
 

@@ -158,12 +158,14 @@ def _product_streamed(
     DTYPE: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
-    zero,
 ):
-    # a + weight @ x, reading the weight from L2 in pieces of 16 columns
-    offs = tl.arange(0, M)[:, None] * K + tl.arange(0, 16)[None, :]
-    for part in tl.static_range(K // 16):
-        piece = _from_bits(tl.load(weight_ptr + offs + part * 16), DTYPE, zero).to(DOT_DTYPE)
-        rows = _rows(x, part, K // 16, K, x.shape[1])
+    # a + weight @ x, reading the weight from L2 in pieces of 64 bytes a row
+    COLS: tl.constexpr = 64 // (DTYPE.primitive_bitwidth // 8)
+    offs = tl.arange(0, M)[:, None] * K + tl.arange(0, COLS)[None, :]
+    for part in tl.static_range(K // COLS):
+        piece = tl.load(weight_ptr + offs + part * COLS).to(DTYPE, bitcast=True).to(DOT_DTYPE)
+        rows = _rows(x, part, K // COLS, K, x.shape[1])
         a = tl.dot(piece, rows, a, input_precision=PRECISION)
+        # keeps the compiler from fetching the pieces all at once: they would not fit
+        tl.debug_barrier()
     return a

@@ -60,7 +60,8 @@ def pack_table(x: Tensor, weight_ih: Tensor, bias: Tensor | None) -> Tensor:
     else:
         packed_bias = _pack_input(bias.unsqueeze(1), _HALVED).flatten()
         table = torch.addmm(packed_bias, x, weight.T)
-    return table.view(table_dtype(x.dtype)).view(x.shape[0], -1, _words(x.dtype, 4))
+    shape, _ = packed_shapes(x.shape[0], weight_ih.shape[0] // 4, x.dtype)
+    return table.view(table_dtype(x.dtype)).view(shape)
 
 
 def pack_weight_fwd(weight_hh: Tensor) -> Tensor:
@@ -133,7 +134,7 @@ def weight_gradients(
     dweight_hh = 0.5 * _unpack(dgates.T @ states, H)[:, :H]
     rows, row_ids = token_rows(x, ids, lengths, steps)
     if row_ids is None:
-        drows = dgates.view(N, steps + 1, -1)[:, :steps].flatten(0, 1)
+        drows = dgates.view(N, steps + 1, dgates.shape[1])[:, :steps].flatten(0, 1)
     else:
         drows = _sum_by_id(dgates, row_ids, lengths, rows.shape[0], spare=1)
     dweight_ih = _unpack(drows.T @ rows, H)
@@ -155,7 +156,10 @@ def _sum_by_id(rows: Tensor, ids: Tensor, lengths: Tensor, R: int, spare: int) -
     valid = torch.arange(steps, device=ids.device) < lengths.unsqueeze(1)
     # id R stands for "none"
     targets = F.pad(torch.where(valid, ids.clamp(0, R - 1), R), (0, spare), value=R)
-    return torch.ops.aten.embedding_dense_backward(rows, targets.view(-1), R + 1, R, False)[:R]
+    summed: Tensor = torch.ops.aten.embedding_dense_backward(
+        rows, targets.view(-1), R + 1, R, False
+    )
+    return summed[:R]
 
 
 def _words(dtype: torch.dtype, values: int) -> int:

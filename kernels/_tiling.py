@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 MAX_HIDDEN = 128
 
@@ -79,19 +80,25 @@ def forward_tile(H: int, dtype: torch.dtype, precision: str, target: str) -> Til
     # a warp holds 8 units of a block; 8 warps shorten a step (half the activations each), and at
     # block 32 there are only 4 groups of 8 units
     num_warps = 4 if block_h == 32 else 8
-    return Tile(block_h, 8, num_warps, _streams(block_h, dtype, precision, target))
+    return Tile(block_h, _sequences(target), num_warps, _streams(block_h, dtype, precision, target))
 
 
 def backward_tile(H: int, dtype: torch.dtype, precision: str, target: str) -> Tile:
     """Return the tile of the backward kernel; arguments as for `forward_tile`."""
     block_h = _block(H)
     # the accumulator has one row a unit, so a warp holds 16 units: 2, 4 or 8 warps cover the block
-    return Tile(block_h, 8, block_h // 16, _streams(block_h, dtype, precision, target))
+    streams = _streams(block_h, dtype, precision, target)
+    return Tile(block_h, _sequences(target), block_h // 16, streams)
 
 
 def _block(H: int) -> int:
     # the dot product's inner dimension is at least 16; below 32 the work is all latency
     return 32 if H <= 32 else 64 if H <= 64 else 128
+
+
+def _sequences(target: str) -> int:
+    # the columns of the smallest matrix instruction: the fewer, the more programs share the work
+    return 16 if target.startswith("gfx") else 8
 
 
 def _streams(block_h: int, dtype: torch.dtype, precision: str, target: str) -> bool:
@@ -112,11 +119,22 @@ def _streams(block_h: int, dtype: torch.dtype, precision: str, target: str) -> b
     return shared + 4096 > SHARED_BYTES.get(target, LEAST_SHARED_BYTES)
 
 
-def groups_by_length(pairs: int, multiprocessors: int) -> bool:
-    """Whether to hand pairs to programs longest first.
+def pair_order(lengths: Tensor, B: int, target: str) -> Tensor | None:
+    """Return the order in which programs take pairs, [B], longest first; None for the caller's.
 
     A program runs as long as its longest sequence. Where all programs run at once, order changes
     nothing; where they queue, tiles of like length finish early.
+
+    Args:
+        lengths: [2B], or [B] where sequences are not paired.
+        B: pairs.
+        target: as for `forward_tile`.
     """
+    if target == "interpreter":
+        multiprocessors = 1
+    else:
+        multiprocessors = torch.cuda.get_device_properties(lengths.device).multi_processor_count
     # three programs fit a multiprocessor, four pairs each
-    return pairs > 12 * multiprocessors
+    if 12 * multiprocessors >= B:
+        return None
+    return torch.argsort(lengths.view(-1, B).amax(dim=0), descending=True, stable=True)

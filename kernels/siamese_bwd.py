@@ -15,7 +15,6 @@ from fastsiam.kernels._math import (
     _store_cells,
     _unpack,
 )
-from fastsiam.kernels.siamese_fwd import pair_order
 
 
 @triton.jit
@@ -219,7 +218,6 @@ def _siamese_bwd_kernel(
                 DTYPE,
                 DOT_DTYPE,
                 PRECISION,
-                zero,
             )
         else:
             dh = tl.dot(weight, rows, dh, input_precision=PRECISION)
@@ -273,7 +271,7 @@ def siamese_bwd(
     tile = _tiling.backward_tile(H, h.dtype, how.PRECISION, target)
     paired = dpair is not None
     B = N // 2 if paired else N
-    order = pair_order(lengths, B, target)
+    order = _tiling.pair_order(lengths, B, target)
     words = _packing.table_dtype(h.dtype)
     _siamese_bwd_kernel[(triton.cdiv(N, tile.sequences),)](
         dpair_ptr=h if dpair is None else dpair,

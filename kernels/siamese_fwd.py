@@ -57,15 +57,15 @@ def _load_rows(table_ptrs, row, STRIDE: tl.constexpr):
 
 
 @triton.jit
-def _row_at(t, ids_ptr, first_row, final, R, HAS_IDS: tl.constexpr):
+def _row_at(t, ids_ptr, first_token, final, R, HAS_IDS: tl.constexpr):
     # the table's row of step t, inside the table whatever the ids hold
     t = tl.minimum(t, final)
     if HAS_IDS:
-        row = tl.load(ids_ptr + first_row.to(tl.int64) + t).to(tl.int32)
+        row = tl.load(ids_ptr + (first_token + t)).to(tl.int32)
         # as unsigned a negative id is a large one
         return tl.minimum(row.to(tl.uint32), (R - 1).to(tl.uint32)).to(tl.int32)
     else:
-        return first_row + t
+        return first_token.to(tl.int32) + t
 
 
 @triton.jit(do_not_specialize=["B", "T", "R", "H", "zero"])
@@ -117,7 +117,7 @@ def _siamese_fwd_kernel(
     last = length - 1
     # a finished sequence runs on over its last token, unseen: no load in the loop has a mask
     final = tl.maximum(last, 0)
-    first_row = seq * T
+    first_token = seq.to(tl.int64) * T
     record_row = seq * (T + 1)
 
     # units of the cells, [blocks, 1, 1, warps, 8, 1]
@@ -136,9 +136,9 @@ def _siamese_fwd_kernel(
     v = c
     # a step's gates are complete before it begins: h's product stands at the end of the step
     # before, so that rows of the table have a step to arrive and ids have two
-    x = _load_rows(table_ptrs, _row_at(0, ids_ptr, first_row, final, R, HAS_IDS), ROW)
-    x_next = _load_rows(table_ptrs, _row_at(1, ids_ptr, first_row, final, R, HAS_IDS), ROW)
-    row = _row_at(2, ids_ptr, first_row, final, R, HAS_IDS)
+    x = _load_rows(table_ptrs, _row_at(0, ids_ptr, first_token, final, R, HAS_IDS), ROW)
+    x_next = _load_rows(table_ptrs, _row_at(1, ids_ptr, first_token, final, R, HAS_IDS), ROW)
+    row = _row_at(2, ids_ptr, first_token, final, R, HAS_IDS)
     a = _as_accumulator(_gate_pairs(x, DTYPE), BLOCK_H, BLOCK_N)
     if not STREAM:
         weight = _load_weight(weight_ptr, 4 * BLOCK_H, BLOCK_H, DTYPE, DOT_DTYPE, zero)
@@ -146,7 +146,7 @@ def _siamese_fwd_kernel(
         a = tl.dot(weight, tl.zeros((BLOCK_H, BLOCK_N), DOT_DTYPE), a, input_precision=PRECISION)
     for t in range(steps):
         x_after = _load_rows(table_ptrs, row, ROW)
-        row = _row_at(t + 3, ids_ptr, first_row, final, R, HAS_IDS)
+        row = _row_at(t + 3, ids_ptr, first_token, final, R, HAS_IDS)
 
         i, f, g, o = _as_gates(a, BLOCKS, COLUMNS, WARPS)
         i = _tanh(i, APPROXIMATE)
@@ -160,7 +160,7 @@ def _siamese_fwd_kernel(
         h = o * tanh_c + tanh_c
         if HAS_MASK:
             inside = t <= last
-            m = tl.load(mask_ptr + first_row.to(tl.int64) + t, mask=inside, other=0.0)
+            m = tl.load(mask_ptr + (first_token + t), mask=inside, other=0.0)
             v += _at_units(m.to(tl.float32)) * tl.where(_at_units(inside), h, 0.0)
         else:
             v = tl.where(_at_units(t == last), h, v)
@@ -179,7 +179,6 @@ def _siamese_fwd_kernel(
                 DTYPE,
                 DOT_DTYPE,
                 PRECISION,
-                zero,
             )
         else:
             a = tl.dot(weight, h_rows, a, input_precision=PRECISION)
@@ -233,19 +232,21 @@ def siamese_fwd(
     """
     N = lengths.shape[0]
     B = N // 2 if paired else N
-    similarity = torch.ones(B if paired else 0, device=table.device)
-    distance = torch.zeros_like(similarity)
-    h = torch.zeros(N, H, device=table.device, dtype=dtype)
+    nothing = N == 0 or steps == 0
+    new = torch.zeros if nothing else torch.empty
+    h = new((N, H), device=table.device, dtype=dtype)
+    distance = new(B if paired else 0, device=h.device)
+    similarity = torch.exp(distance) if nothing else torch.empty_like(distance)
     shapes = _packing.record_shapes(N, steps, H) if store_records else ((0,),) * 3
     gates, cells = (torch.empty(shape, device=h.device, dtype=dtype) for shape in shapes[:2])
     # read whole by the weight's gradient, so what no step writes is zero
     states = torch.zeros(shapes[2], device=h.device, dtype=dtype)
-    if N == 0 or steps == 0:
+    if nothing:
         return similarity, distance, h, gates, cells, states
     target = _tiling.target_of(h.device)
     how = _tiling.arithmetic(dtype, allow_tf32, target)
     tile = _tiling.forward_tile(H, dtype, how.PRECISION, target)
-    order = pair_order(lengths, B, target)
+    order = _tiling.pair_order(lengths, B, target)
     grid = (triton.cdiv(N, tile.sequences),)
     _siamese_fwd_kernel[grid](
         table_ptr=table,
@@ -283,14 +284,3 @@ def siamese_fwd(
         **how._asdict(),
     )
     return similarity, distance, h, gates, cells, states
-
-
-def pair_order(lengths: Tensor, B: int, target: str) -> Tensor | None:
-    """Return the order in which programs take pairs, longest first, or None for the caller's."""
-    if target == "interpreter":
-        multiprocessors = 1
-    else:
-        multiprocessors = torch.cuda.get_device_properties(lengths.device).multi_processor_count
-    if not _tiling.groups_by_length(B, multiprocessors):
-        return None
-    return torch.argsort(lengths.view(-1, B).amax(dim=0), descending=True, stable=True)

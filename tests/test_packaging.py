@@ -63,14 +63,15 @@ def call(*arguments, cwd):
 def run_with(folder, program, cwd):
     """Run a program that finds fastsiam through `folder` alone, as through a site directory.
 
-    -S keeps out the .pth files beside torch: this environment may hold an editable fastsiam.
+    -E keeps out PYTHONPATH, -S the .pth files beside torch: this environment may hold an editable
+    fastsiam, whose finder has the name of the one in `folder`, so `folder` comes first.
     """
     paths = (
         "import site, sys\n"
-        f"sys.path.append({str(SITE_PACKAGES)!r})\n"
         f"site.addsitedir({str(folder)!r})\n"
+        f"sys.path.append({str(SITE_PACKAGES)!r})\n"
     )
-    return call("-S", "-W", "error", "-c", paths + program, cwd=cwd)
+    return call("-E", "-S", "-W", "error", "-c", paths + program, cwd=cwd)
 
 
 def sources(folder):

@@ -1,0 +1,342 @@
+"""Compile every kernel for GPUs that are not there, and read the machine code of its step loop.
+
+    python tests/aot.py [--quick] [--json FILE]
+
+prints a table and writes the rows as JSON. Exit status 1 where a promise is broken: a tile that
+`_tiling.py` offers does not fit its target or spills, or a step loop is longer than BOUNDS says.
+Triton brings ptxas, cuobjdump and nvdisasm; AMD's assembler prints its own counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+if __name__ == "__main__":
+    # kernels are compiled here, whatever the tests do
+    os.environ.pop("TRITON_INTERPRET", None)
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fastsiam.kernels import _tiling
+from fastsiam.kernels.siamese_bwd import _siamese_bwd_kernel
+from fastsiam.kernels.siamese_fwd import _siamese_fwd_kernel
+
+TARGETS = tuple(_tiling.SHARED_BYTES)
+DTYPES = ("bfloat16", "float16", "tf32", "float32")
+HIDDEN = (16, 50, 64, 100, 128)
+
+COMMON = {"PAIRED": True, "HAS_MASK": False, "HAS_ORDER": False}
+PLAIN_FWD = COMMON | {"HAS_IDS": True, "HAS_LEARNED_SCALE": False, "STORE_RECORDS": False}
+PLAIN_BWD = COMMON | {"HAS_DPAIR": True, "HAS_DH": False}
+TRAIN = PLAIN_FWD | {"STORE_RECORDS": True}
+ENCODE_BWD = PLAIN_BWD | {"PAIRED": False, "HAS_DPAIR": False, "HAS_DH": True}
+PLAIN = ("siamese_fwd", "siamese_fwd_train", "siamese_bwd")
+KERNELS = {
+    "siamese_fwd": (_siamese_fwd_kernel, PLAIN_FWD),
+    "siamese_fwd_train": (_siamese_fwd_kernel, TRAIN),
+    "siamese_bwd": (_siamese_bwd_kernel, PLAIN_BWD),
+    "siamese_fwd_dense": (_siamese_fwd_kernel, PLAIN_FWD | {"HAS_IDS": False}),
+    "siamese_fwd_mask": (_siamese_fwd_kernel, PLAIN_FWD | {"HAS_MASK": True}),
+    "siamese_fwd_grouped": (_siamese_fwd_kernel, PLAIN_FWD | {"HAS_ORDER": True}),
+    "siamese_fwd_encode": (_siamese_fwd_kernel, PLAIN_FWD | {"PAIRED": False}),
+    "siamese_fwd_train_dense": (_siamese_fwd_kernel, TRAIN | {"HAS_IDS": False}),
+    "siamese_fwd_train_mask": (_siamese_fwd_kernel, TRAIN | {"HAS_MASK": True}),
+    "siamese_fwd_train_learned": (_siamese_fwd_kernel, TRAIN | {"HAS_LEARNED_SCALE": True}),
+    "siamese_bwd_mask": (_siamese_bwd_kernel, PLAIN_BWD | {"HAS_MASK": True}),
+    "siamese_bwd_encode": (_siamese_bwd_kernel, ENCODE_BWD),
+}
+# of the step loop on sm_90, instructions of one warp at most: kernel, dtype, block of H, warps
+BOUNDS = {
+    ("siamese_fwd", "bfloat16", 64, 4): 125,
+    ("siamese_fwd", "bfloat16", 64, 8): 80,
+    ("siamese_fwd", "bfloat16", 128, 8): 140,
+    ("siamese_fwd", "float16", 64, 8): 80,
+    ("siamese_fwd", "tf32", 64, 4): 140,
+    ("siamese_fwd_train", "bfloat16", 64, 4): 175,
+    ("siamese_fwd_train", "bfloat16", 64, 8): 110,
+    ("siamese_fwd_train", "bfloat16", 128, 8): 190,
+    ("siamese_fwd_train", "tf32", 64, 4): 195,
+    ("siamese_fwd_train", "tf32", 64, 8): 125,
+    ("siamese_bwd", "bfloat16", 64, 4): 175,
+    ("siamese_bwd", "tf32", 64, 4): 220,
+}
+VARIANTS = tuple(kernel for kernel in KERNELS if kernel not in PLAIN)
+# of a test run: every bound that is promised on sm_90, and the hardest shape elsewhere
+_QUICK = {
+    *itertools.product(PLAIN, ("sm_90",), DTYPES[:3], (64,)),
+    *itertools.product(PLAIN, ("sm_90",), ("bfloat16",), (32, 128)),
+    *itertools.product(PLAIN, TARGETS, ("bfloat16",), (128,)),
+    *itertools.product(PLAIN[1:], TARGETS, ("tf32",), (64,)),
+    ("siamese_fwd_train", "sm_86", "float32", 128),
+    ("siamese_bwd", "sm_90", "tf32", 128),
+    ("siamese_bwd", "gfx942", "float32", 64),
+}
+
+
+class Job(NamedTuple):
+    """What to compile."""
+
+    kernel: str
+    target: str
+    dtype: str
+    tile: _tiling.Tile
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What came out; counts of the loop are of one warp and one time step."""
+
+    kernel: str
+    target: str
+    dtype: str
+    H: int
+    sequences: int
+    num_warps: int
+    streamed: bool
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    loop_instructions: int | None = None
+    loop_barriers: int | None = None
+    loop_spills: int | None = None
+    loop_shared_loads: int | None = None  # h alone where registers hold W_hh
+
+
+def tile_of(kernel: str, H: int, dtype: str, target: str, num_warps: int | None) -> _tiling.Tile:
+    """Return the tile that `_tiling.py` gives, or the same with another number of warps."""
+    how = arithmetic(dtype, target)
+    choose = _tiling.backward_tile if "_bwd" in kernel else _tiling.forward_tile
+    tile = choose(H, torch_dtype(dtype), how.PRECISION, target)
+    return tile if num_warps is None else tile._replace(num_warps=num_warps)
+
+
+def torch_dtype(dtype: str) -> torch.dtype:
+    name = "float32" if dtype == "tf32" else dtype
+    made: torch.dtype = getattr(torch, name)
+    return made
+
+
+def arithmetic(dtype: str, target: str) -> _tiling.Arithmetic:
+    return _tiling.arithmetic(torch_dtype(dtype), dtype == "tf32", target)
+
+
+def compile_job(job: Job) -> Any:
+    """Compile one kernel as a launch would: pointers divisible by 16, sizes unknown."""
+    function, flags = KERNELS[job.kernel]
+    element = {"bfloat16": "*bf16", "float16": "*fp16"}.get(job.dtype, "*fp32")
+    half = element != "*fp32"
+    words = "*i32" if half else "*fp32"
+    backward = "_bwd" in job.kernel
+    types = {
+        "table_ptr": words,
+        "weight_ptr": "*i16" if half else "*i32",
+        "ids_ptr": "*i64",
+        "lengths_ptr": "*i64",
+        "order_ptr": "*i64",
+        "h_ptr": element,
+        "dh_ptr": element,
+        "gates_ptr": words if backward else element,
+        "cells_ptr": words if backward else element,
+        "states_ptr": element,
+        "dgates_ptr": element,
+        "scale": "fp32",
+    }
+    constants = {
+        "BLOCK_H": job.tile.block_h,
+        "BLOCK_N": job.tile.sequences,
+        "WARPS": job.tile.num_warps,
+        "STREAM": job.tile.stream,
+        **arithmetic(job.dtype, job.target)._asdict(),
+        **flags,
+    }
+    signature = {}
+    for name in function.arg_names:
+        if name in constants:
+            signature[name] = "constexpr"
+        else:
+            signature[name] = types.get(name, "*fp32" if name.endswith("_ptr") else "i32")
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, kind in enumerate(signature.values())
+        if kind.startswith("*")
+    }
+    constants = {name: constants[name] for name in signature if name in constants}
+    source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=aligned)
+    if job.target.startswith("gfx"):
+        gpu = GPUTarget("hip", job.target, 64)
+    else:
+        gpu = GPUTarget("cuda", int(job.target.removeprefix("sm_")), 32)
+    return triton.compile(source, target=gpu, options={"num_warps": job.tile.num_warps})
+
+
+def measure(job: Job, H: int = 0) -> Row:
+    """Compile and read off what a row of the table says."""
+    compiled = compile_job(job)
+    counts: dict[str, int | None] = {}
+    if job.target.startswith("gfx"):
+        listing = compiled.asm["amdgcn"]
+        registers = _field(r"\.vgpr_count:\s+(\d+)", listing)
+        spilled = _field(r"\.private_segment_fixed_size:\s+(\d+)", listing)
+    else:
+        usage, listing = _disassemble(compiled.asm["cubin"])
+        registers = _field(r"REG:(\d+)", usage)
+        spilled = _field(r"STACK:(\d+)", usage)
+        counts = _loop_counts(listing)
+    return Row(
+        job.kernel,
+        job.target,
+        job.dtype,
+        H or job.tile.block_h,
+        job.tile.sequences,
+        job.tile.num_warps,
+        job.tile.stream,
+        registers,
+        spilled,
+        compiled.metadata.shared,
+        **counts,
+    )
+
+
+def rows_for(job: Job, hidden: tuple[int, ...] = HIDDEN) -> list[Row]:
+    """Return a row for each hidden size that this tile serves: H is no compile-time constant."""
+    row = measure(job)
+    served = [H for H in hidden if _tiling.forward_tile(H, *_any(job)).block_h == job.tile.block_h]
+    return [dataclasses.replace(row, H=H) for H in served]
+
+
+def jobs(quick: bool) -> list[Job]:
+    """Return everything to compile, or the part that fits a test run."""
+    plan: list[tuple[str, str, str, int, int | None]] = []
+    for kernel, target, dtype, H in itertools.product(PLAIN, TARGETS, DTYPES, (32, 64, 128)):
+        # small blocks are easy everywhere: one target shows them in every dtype
+        if H == 32 and target != "sm_90" and dtype != "bfloat16":
+            continue
+        if not quick or (kernel, target, dtype, H) in _QUICK:
+            plan.append((kernel, target, dtype, H, None))
+    for kernel, dtype in itertools.product(PLAIN[:2], ("bfloat16", "tf32")):
+        # beside the 8 warps that are offered
+        plan.append((kernel, "sm_90", dtype, 64, 4))
+    for kernel in VARIANTS:
+        # a variant differs from its kernel by a few instructions: one target says enough
+        shapes = (
+            [("bfloat16", 64)] if quick else [("bfloat16", 64), ("bfloat16", 128), ("tf32", 64)]
+        )
+        plan += [(kernel, "sm_90", dtype, H, None) for dtype, H in shapes]
+    return [
+        Job(kernel, target, dtype, tile_of(kernel, H, dtype, target, num_warps))
+        for kernel, target, dtype, H, num_warps in plan
+    ]
+
+
+def faults(row: Row) -> list[str]:
+    """Return what is promised of a row and does not hold."""
+    found = []
+    limit = _tiling.SHARED_BYTES[row.target]
+    if row.shared_bytes > limit:
+        found.append(f"{row.shared_bytes} bytes of shared memory, {limit} there")
+    promised = row.dtype in ("bfloat16", "float16") or (row.dtype == "tf32" and row.H <= 64)
+    if promised and (row.spill_bytes or row.loop_spills):
+        found.append(f"{row.spill_bytes} bytes of spilled registers")
+    bound = BOUNDS.get((row.kernel, row.dtype, row.H, row.num_warps))
+    if bound is not None and row.target == "sm_90":
+        length, barriers = row.loop_instructions, row.loop_barriers
+        if length is None or barriers is None or length > bound or barriers > 2:
+            found.append(f"{length} instructions, {barriers} barriers a step; {bound}, 2 promised")
+    return found
+
+
+def _any(job: Job) -> tuple[torch.dtype, str, str]:
+    return torch_dtype(job.dtype), arithmetic(job.dtype, job.target).PRECISION, job.target
+
+
+def _field(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    if found is None:
+        raise ValueError(f"no {pattern!r} in the compiler's output")
+    return int(found[1])
+
+
+def _disassemble(cubin: bytes) -> tuple[str, str]:
+    """Return cuobjdump's resource usage and nvdisasm's listing."""
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        commands = ([tools / "cuobjdump", "-res-usage", path], [tools / "nvdisasm", "-c", path])
+        usage, listing = (
+            subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            for command in commands
+        )
+    return usage, listing
+
+
+def _loop_counts(listing: str) -> dict[str, int | None]:
+    """Count the instructions of the innermost loop that multiplies matrices."""
+    labels: dict[str, int] = {}
+    code: list[str] = []
+    for line in listing.splitlines():
+        if label := re.match(r"\s*\.(L_x_\d+):", line):
+            labels[label[1]] = len(code)
+        elif instruction := re.match(r"\s+/\*[0-9a-f]+\*/\s+(.*?);", line):
+            code.append(instruction[1].strip())
+    bodies = []
+    for end, text in enumerate(code):
+        jump = re.search(r"BRA.*`\(\.(L_x_\d+)\)", text)
+        if jump and labels.get(jump[1], end) < end:
+            body = Counter(_opcode(each) for each in code[labels[jump[1]] : end + 1])
+            if body["HMMA"] or body["HGMMA"] or body["UTCHMMA"]:
+                bodies.append(body)
+    if not bodies:
+        return {}
+    body = min(bodies, key=lambda each: each.total())
+    return {
+        "loop_instructions": body.total(),
+        "loop_barriers": body["BAR"],
+        "loop_spills": body["LDL"] + body["STL"],
+        "loop_shared_loads": body["LDS"] + body["LDSM"],
+    }
+
+
+def _opcode(instruction: str) -> str:
+    return re.sub(r"^@!?U?P\w+\s+", "", instruction).split()[0].split(".")[0]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="the rows of a test run")
+    parser.add_argument("--json", type=Path, default=Path("build/aot.json"))
+    arguments = parser.parse_args()
+    with ProcessPoolExecutor() as pool:
+        rows = [row for each in pool.map(rows_for, jobs(arguments.quick)) for row in each]
+    names = [field.name for field in dataclasses.fields(Row)]
+    cells = [[str(value) for value in dataclasses.astuple(row)] for row in rows]
+    widths = [max(map(len, column)) for column in zip(names, *cells, strict=True)]
+    for line in [names, *cells]:
+        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+    arguments.json.parent.mkdir(parents=True, exist_ok=True)
+    arguments.json.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
+    bad = [(row, fault) for row in rows for fault in faults(row)]
+    for row, fault in bad:
+        print(f"{row.kernel} {row.target} {row.dtype} H {row.H}: {fault}", file=sys.stderr)
+    print(f"{len(rows)} rows, triton {triton.__version__}, written to {arguments.json}")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,167 @@
+"""The registered operators: their contract with PyTorch, second opinions on gradients, compile."""
+
+import pytest
+import torch
+from cases import DEVICE
+from torch.library import opcheck
+
+from fastsiam import SiameseLSTM, _ops
+from fastsiam.functional import Weights, lstm_encode, siamese_lstm
+
+B, T, D, H, V = 2, 3, 3, 5, 4
+N = 2 * B
+
+
+def draw(dtype, ids, bias=True):
+    """Return x, ids, lengths, mask, weight_ih, weight_hh, bias as the operators take them."""
+    torch.manual_seed(0)
+    options = {"device": DEVICE, "dtype": dtype}
+    table = torch.randn(V if ids else N * T, D, **options)
+    return (
+        table,
+        torch.randint(V, (N, T), device=DEVICE) if ids else None,
+        torch.tensor([3, 0, 2, 1], device=DEVICE),
+        torch.randn(N, T, **options) if ids else None,
+        torch.randn(4 * H, D, **options),
+        torch.randn(4 * H, H, **options),
+        torch.randn(4 * H, **options) if bias else None,
+    )
+
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_prepare(fused_backend, dtype):
+    x, _, _, _, weight_ih, weight_hh, bias = draw(dtype, ids=True)
+    for b in (bias, None):
+        opcheck(_ops.siamese_prepare, (x, weight_ih, weight_hh, b, fused_backend))
+
+
+@pytest.mark.parametrize("paired", [True, False], ids=["pairs", "rows"])
+@pytest.mark.parametrize("ids", [True, False], ids=["ids", "dense"])
+def test_infer(fused_backend, ids, paired):
+    x, row_ids, lengths, mask, weight_ih, weight_hh, bias = draw(torch.float32, ids)
+    table, weight = _ops.siamese_prepare(x, weight_ih, weight_hh, bias, fused_backend)
+    scale = torch.ones((), device=DEVICE) if ids else None
+    rest = (scale, 1.0, H, T, paired, False, torch.float32, fused_backend)
+    opcheck(_ops.siamese_infer, (table, weight, row_ids, lengths, mask, *rest))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("paired", [True, False], ids=["pairs", "rows"])
+@pytest.mark.parametrize("ids", [True, False], ids=["ids", "dense"])
+def test_forward_and_backward(fused_backend, ids, paired, dtype):
+    x, row_ids, lengths, mask, weight_ih, weight_hh, bias = draw(dtype, ids, bias=ids)
+    scale = torch.ones((), device=DEVICE) if ids and paired else None
+    # the leaves that autograd is checked for
+    x, weight_ih, weight_hh, bias, scale = (
+        None if t is None else t.requires_grad_() for t in (x, weight_ih, weight_hh, bias, scale)
+    )
+    args = (x, row_ids, lengths, mask, weight_ih, weight_hh, bias, scale)
+    rest = (1.0, T, paired, False, fused_backend)
+    # the saved activations hold rows that no step wrote, which are not compared as numbers
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    opcheck(_ops.siamese_fwd, (*args, *rest), test_utils=tests)
+    outputs = [t.detach() for t in _ops.siamese_fwd(*args, *rest)]
+    upstream = [torch.randn_like(t) if paired or t is outputs[2] else None for t in outputs[:3]]
+    args = (*upstream, *args[:6], scale, *outputs)
+    args = [t.detach() if isinstance(t, torch.Tensor) else t for t in args]
+    opcheck(_ops.siamese_bwd, (*args, 1.0, T, True, False, fused_backend))
+
+
+@pytest.mark.parametrize("ids", [True, False], ids=["ids", "dense"])
+@pytest.mark.parametrize("log", [True, False], ids=["log", "exp"])
+def test_gradcheck_of_the_batched_backend(ids, log):
+    x, row_ids, _, mask, weight_ih, weight_hh, bias = draw(torch.float64, ids)
+    scale = torch.tensor(0.3, dtype=torch.float64, device=DEVICE)
+    leaves = [t.requires_grad_() for t in (x, weight_ih, weight_hh, bias, scale)]
+
+    def score(x, weight_ih, weight_hh, bias, scale):
+        weights = Weights(weight_ih, weight_hh, bias, bias)
+        steps = x.view(N, T, D) if row_ids is None else row_ids
+        options = {"embedding": None if row_ids is None else x, "backend": "torch"}
+        masks = {}
+        if mask is not None:
+            masks = {"left_mask": mask[:B], "right_mask": mask[B:]}
+        lengths = {"left_lengths": [3, 1], "right_lengths": [2, 1]}
+        pair = siamese_lstm(
+            steps[:B], steps[B:], weights, scale=scale, log=log, **lengths, **masks, **options
+        )
+        return pair, lstm_encode(steps, weights, lengths=[3, 0, 2, 1], mask=mask, **options)
+
+    assert torch.autograd.gradcheck(score, leaves)
+
+
+def make_module(backend, **options):
+    torch.manual_seed(0)
+    options = {"scale": 0.5, "learn_scale": True, **options}
+    return SiameseLSTM(D, H, backend=backend, device=DEVICE, **options)
+
+
+def train_once(m, score, *inputs):
+    """Return the value and all gradients of one step."""
+    m.zero_grad()
+    similarity = score(*inputs)
+    torch.nn.functional.mse_loss(similarity, torch.linspace(0, 1, B, device=DEVICE)).backward()
+    return [similarity.detach()] + [p.grad.clone() for p in m.parameters()]
+
+
+@pytest.mark.parametrize("embedded", [True, False], ids=["ids", "dense"])
+def test_compile(fused_backend, embedded):
+    torch.manual_seed(0)
+    table = torch.randn(V, D) if embedded else None
+    m = make_module(fused_backend, embedding=table, freeze_embedding=False)
+    left, right = (torch.randn(B, steps, D, device=DEVICE) for steps in (T, T + 2))
+    if embedded:
+        left, right = (torch.randint(V, x.shape[:2], device=DEVICE) for x in (left, right))
+    lengths = torch.tensor([1, 3], device=DEVICE), torch.tensor([5, 0], device=DEVICE)
+    torch.compiler.reset()
+    compiled = torch.compile(m, fullgraph=True, backend="aot_eager")
+    for eager, other in zip(
+        train_once(m, m, left, right, *lengths),
+        train_once(m, compiled, left, right, *lengths),
+        strict=True,
+    ):
+        torch.testing.assert_close(other, eager)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(left, right, *lengths), m(left, right, *lengths))
+
+
+def test_compile_takes_other_sizes_without_compiling_again(fused_backend):
+    m = make_module(fused_backend)
+    torch.compiler.reset()
+    compiled = torch.compile(m, fullgraph=True, backend="aot_eager", dynamic=True)
+    for rows, steps in ((2, 3), (4, 6), (5, 2)):
+        x, y = torch.randn(2, rows, steps, D, device=DEVICE)
+        with torch._dynamo.config.patch(error_on_recompile=rows > 2):
+            torch.testing.assert_close(compiled(x, y), m(x, y))
+
+
+def test_gradients_only_where_they_are_wanted(fused_backend):
+    m = make_module(fused_backend)
+    x, y = torch.randn(2, B, T, D, device=DEVICE)
+    m.requires_grad_(False)
+    assert not m(x, y).requires_grad
+    x.requires_grad_()
+    dx = torch.autograd.grad(m(x, y).sum(), x)[0]
+    m.requires_grad_(True)
+    torch.testing.assert_close(torch.autograd.grad(m(x, y).sum(), x)[0], dx)
+    m.weight_ih_l0.requires_grad_(False)
+    m(x.detach(), y).sum().backward()
+    assert m.weight_ih_l0.grad is None
+    assert m.weight_hh_l0.grad.any()
+
+
+def test_the_gradient_cannot_be_differentiated_again(fused_backend):
+    """The operators have one derivative; the reference has them all."""
+    for backend, works in ((fused_backend, False), ("reference", True)):
+        m = make_module(backend)
+        x, y = torch.randn(2, B, T, D, device=DEVICE)
+        gradient = torch.autograd.grad(m(x, y).sum(), m.weight_hh_l0, create_graph=True)[0]
+        if works:
+            gradient.sum().backward()
+            assert m.weight_hh_l0.grad.any()
+        else:
+            with pytest.raises(RuntimeError, match="siamese_bwd"):
+                gradient.sum().backward()
