@@ -80,6 +80,7 @@ def siamese_lstm(
         ImportError: backend "triton" without triton.
     """
     who = "siamese_lstm"
+    _check_weights(who, weights)
     left, left_lengths = _check_side(
         who, "left", left, left_lengths, left_mask, weights, embedding, validate
     )
@@ -124,6 +125,7 @@ def lstm_encode(
     The arguments are those of one side of `siamese_lstm`, and so are the errors.
     """
     who = "lstm_encode"
+    _check_weights(who, weights)
     x, lengths = _check_side(who, "x", x, lengths, mask, weights, embedding, validate)
     return _run(who, x, lengths, mask, weights, embedding, 1.0, False, backend, prepared)[2]
 
@@ -314,6 +316,11 @@ def _plain_encode(
     parameters = [weights.weight_ih, weights.weight_hh]
     if weights.bias_ih is not None and weights.bias_hh is not None:
         parameters += [weights.bias_ih, weights.bias_hh]
+    if x.is_cuda:
+        # one buffer, as nn.LSTM keeps them: cuDNN would copy them into one, with a warning
+        sizes = [p.numel() for p in parameters]
+        chunks = torch.cat([p.flatten() for p in parameters]).split(sizes)
+        parameters = [chunk.view_as(p) for chunk, p in zip(chunks, parameters, strict=True)]
     state = x.new_zeros(1, N, H)
     x = torch.where(valid.unsqueeze(2), x, 0)
     training = torch.is_grad_enabled()
@@ -361,6 +368,25 @@ def _join(left: Tensor, right: Tensor) -> Tensor:
     return torch.cat((left, right))
 
 
+def _check_weights(who: str, weights: Weights) -> None:
+    weight_ih, weight_hh, bias_ih, bias_hh = weights
+    H = weight_hh.shape[-1]
+    wanted = ((4 * H, weight_ih.shape[-1]), (4 * H, H), (4 * H,), (4 * H,))
+    for name, weight, shape in zip(Weights._fields, weights, wanted, strict=True):
+        if weight is not None and weight.shape != shape:
+            raise ValueError(
+                f"{who}: {name} must be {list(shape)} for H = {H} (the columns of weight_hh), "
+                f"got {list(weight.shape)}"
+            )
+        if weight is not None and weight.dtype != weight_hh.dtype:
+            raise ValueError(
+                f"{who}: all weights must have one dtype, got {name} of {weight.dtype} and "
+                f"weight_hh of {weight_hh.dtype}"
+            )
+    if (bias_ih is None) != (bias_hh is None):
+        raise ValueError(f"{who}: bias_ih and bias_hh must be given together or not at all")
+
+
 def _check_side(
     who: str,
     name: str,
@@ -374,6 +400,10 @@ def _check_side(
     """Check one side's arguments; return it and its lengths as a tensor on its device."""
     weight = weights.weight_ih
     D = weight.shape[1]
+    if x.device != weight.device:
+        raise ValueError(
+            f"{who}: {name} must be on the weights' device {weight.device}, got {x.device}"
+        )
     if embedding is None:
         if x.ndim != 3 or x.shape[2] != D:
             raise ValueError(
@@ -401,10 +431,6 @@ def _check_side(
                 f"{who}: embedding must have the weights' dtype {weight.dtype}, "
                 f"got {embedding.dtype}"
             )
-    if x.device != weight.device:
-        raise ValueError(
-            f"{who}: {name} must be on the weights' device {weight.device}, got {x.device}"
-        )
     B, T = x.shape[:2]
     if mask is not None:
         if mask.shape != (B, T):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from fastsiam.modules import SiameseLSTM
 from fastsiam.text.batches import ordered_batches
-from fastsiam.text.datasets import DataError
+from fastsiam.text.datasets import DataError, is_range
 from fastsiam.text.vocabulary import Encoded, Vocabulary
 
 FORMAT = 1  # of a saved folder; raised when an older fastsiam could no longer read one
@@ -66,7 +68,7 @@ class TextSiamese:
         if max_len < 1:
             raise ValueError(f"TextSiamese: max_len must be at least 1, got {max_len}")
         low, high = score_range
-        if not low < high:
+        if not is_range(low, high):
             raise ValueError(
                 f"TextSiamese: score_range must be two numbers, the lower first, got {low} {high}"
             )
@@ -243,9 +245,9 @@ def pick_device(device: torch.device | str | None) -> torch.device:
     except RuntimeError as error:
         raise ValueError(f"device must be like cpu, cuda or cuda:0, got {str(device)!r}") from error
     try:
-        torch.empty(0, device=chosen)
+        torch.zeros(1, device=chosen).item()  # "meta" holds no value to give back
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).split("\n", 1)[0].rstrip(".")
+        reason = textwrap.shorten(str(error).split("\n", 1)[0].rstrip("."), 120, placeholder=" ...")
         raise UnavailableError(
             f"device {str(device)!r} cannot be used on this machine ({reason}); use cpu"
         ) from error
@@ -261,8 +263,10 @@ def write_file(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)
-    except BaseException:  # a full disk, or Ctrl-C
+    except BaseException as error:  # a full disk, or Ctrl-C
         beside.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # a failed write does not say where
         raise
 
 
@@ -289,7 +293,7 @@ def _read_json(path: Path) -> Any:
 
 def _read_config(path: Path) -> dict[str, Any]:
     config = _read_json(path)
-    if not isinstance(config, dict) or not isinstance(config.get("format"), int):
+    if not isinstance(config, dict) or type(config.get("format")) is not int:
         raise DataError(f"{path}: not a configuration that fastsiam wrote")
     if config["format"] > FORMAT:
         raise DataError(
@@ -304,14 +308,14 @@ def _read_config(path: Path) -> dict[str, Any]:
     }
     for name, kind in kinds.items():
         value = config.get(name)
-        if type(value) is not kind or not config[name] > 0:
+        if type(value) is not kind or not 0 < value < math.inf:
             raise DataError(f"{path}: {name} must be a positive {kind.__name__}, got {value!r}")
     limits = config.get("score_range")
     if not (
         isinstance(limits, list)
         and len(limits) == 2
-        and all(isinstance(limit, (int, float)) for limit in limits)
-        and limits[0] < limits[1]
+        and all(type(limit) in (int, float) for limit in limits)
+        and is_range(*limits)
     ):
         raise DataError(f"{path}: score_range must be two numbers, the lower first, got {limits!r}")
     return config

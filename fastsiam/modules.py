@@ -298,11 +298,16 @@ class _PreparedCache:
     def get(self, weights: Weights, table: Tensor, backend: str) -> Prepared | None:
         tensors = [t for t in (*weights, table) if t is not None]
         device = table.device.type
+        counted = not any(t.is_inference() for t in tensors)
+        if device != "cpu" and not counted:
+            # tensors made in inference mode have no version counter: nothing would show a change
+            return None
         autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
         key = (
             backend,
             autocast,
-            *((t.data_ptr(), t._version, t.shape, t.dtype, t.device) for t in tensors),
+            *((t.data_ptr(), t.shape, t.dtype, t.device) for t in tensors),
+            *(t._version for t in tensors if counted),
         )
         watched = [*tensors[:-1], table[:, 0]] if device == "cpu" else []
         same = key == self._key and all(

@@ -20,8 +20,12 @@ def _tanh(x, APPROXIMATE: tl.constexpr):
             "tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
     else:
-        # exp may overflow to inf, which gives -1, never inf / inf
-        return 2.0 / (1.0 + tl.exp(-2.0 * x)) - 1.0
+        # exp may overflow to inf, which gives -1, never inf / inf; near 0 the difference would
+        # cancel, and five terms of the series are right to a unit in the last place
+        s = x * x
+        series = s * (-17.0 / 315.0 + s * (62.0 / 2835.0))
+        series = x + x * (s * (-1.0 / 3.0 + s * (2.0 / 15.0 + series)))
+        return tl.where(s < 0.0625, series, 2.0 / (1.0 + tl.exp(-2.0 * x)) - 1.0)
 
 
 @triton.jit

@@ -12,21 +12,23 @@ gates in one thread. docs/kernels.md has the drawing.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastsiam.kernels._tiling import forward_tile
+from fastsiam.kernels._tiling import block_h
 
-# factors of the four gates: all times the first, then those of the slice doubled
-_Factors = tuple[float, slice]
-_HALVED: _Factors = (0.5, slice(2, 3))  # of a pre-activation: 1/2, 1/2, 1, 1/2
-_GRADIENT: _Factors = (0.25, slice(2, 4))  # of a stored gate gradient: 1/4, 1/4, 1/2, 1/2
+_INPUT = (0.5, 0.5, 1.0, 0.5)  # of a pre-activation, gates i, f, g, o
+_GRADIENT = (0.25, 0.25, 0.5, 0.5)  # of a stored gate gradient
 
 
-def block_h(H: int) -> int:
-    """Return the units of a program for hidden size H."""
-    return forward_tile(H, torch.bfloat16, "ieee", "sm_90").block_h
+@functools.cache
+def _factors(of_gates: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return a factor a gate, [4, 1, 1], kept on the device: no call but the first copies them."""
+    with torch.inference_mode(False):
+        return torch.tensor(of_gates, device=device, dtype=dtype).view(4, 1, 1)
 
 
 def bits_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -54,11 +56,11 @@ def record_shapes(N: int, T: int, H: int) -> tuple[tuple[int, ...], ...]:
 
 def pack_table(x: Tensor, weight_ih: Tensor, bias: Tensor | None) -> Tensor:
     """Project the rows of x, [R, D], to gates of a cell's order: see `packed_shapes`."""
-    weight = _pack_input(weight_ih, _HALVED).flatten(0, 1)
+    weight = _pack_input(weight_ih, _INPUT).flatten(0, 1)
     if bias is None:
         table = x @ weight.T
     else:
-        packed_bias = _pack_input(bias.unsqueeze(1), _HALVED).flatten()
+        packed_bias = _pack_input(bias.unsqueeze(1), _INPUT).flatten()
         table = torch.addmm(packed_bias, x, weight.T)
     shape, _ = packed_shapes(x.shape[0], weight_ih.shape[0] // 4, x.dtype)
     return table.view(table_dtype(x.dtype)).view(shape)
@@ -66,18 +68,18 @@ def pack_table(x: Tensor, weight_ih: Tensor, bias: Tensor | None) -> Tensor:
 
 def pack_weight_fwd(weight_hh: Tensor) -> Tensor:
     """Return the bits of weight_hh, [4H, H], as [4 * block, block] for `a + W h`."""
-    weight = _pad_recurrent(weight_hh, _HALVED)
+    weight = _pad_recurrent(weight_hh, _INPUT)
     block = weight.shape[1]
     rows = weight.view(2, 2, block // 8, 8, block).permute(0, 2, 1, 3, 4)
     return rows.reshape(4 * block, block).view(bits_dtype(weight_hh.dtype))
 
 
 def pack_weight_bwd(weight_hh: Tensor) -> Tensor:
-    """Return the bits of weight_hh transposed, [block, 4 * block] with columns by gate."""
+    """Return the bits of weight_hh transposed, [2, block, 2 * block]: columns i, f and g, o."""
     weight = _pad_recurrent(weight_hh, _GRADIENT)
     block = weight.shape[1]
-    columns = weight.permute(2, 0, 1).contiguous().view(block, 4 * block)
-    return columns.view(bits_dtype(weight_hh.dtype))
+    halves = weight.view(2, 2, block, block).permute(0, 3, 1, 2).contiguous()
+    return halves.view(2, block, 2 * block).view(bits_dtype(weight_hh.dtype))
 
 
 def token_rows(
@@ -131,7 +133,8 @@ def weight_gradients(
     """
     H, N = weight_hh.shape[1], lengths.shape[0]
     dgates = dgates.flatten(1)
-    dweight_hh = 0.5 * _unpack(dgates.T @ states, H)[:, :H]
+    # halved because the states are 2h
+    dweight_hh = _unpack((dgates.T @ states)[:, :H], H, _halved(_GRADIENT))
     rows, row_ids = token_rows(x, ids, lengths, steps)
     if row_ids is None:
         drows = dgates.view(N, steps + 1, dgates.shape[1])[:, :steps].flatten(0, 1)
@@ -162,36 +165,37 @@ def _sum_by_id(rows: Tensor, ids: Tensor, lengths: Tensor, R: int, spare: int) -
     return summed[:R]
 
 
+def _halved(of_gates: tuple[float, ...]) -> tuple[float, ...]:
+    return tuple(0.5 * factor for factor in of_gates)
+
+
 def _words(dtype: torch.dtype, values: int) -> int:
     return values if dtype == torch.float32 else values // 2
 
 
-def _pack_input(weight: Tensor, factors: _Factors) -> Tensor:
+def _pack_input(weight: Tensor, of_gates: tuple[float, ...]) -> Tensor:
     """Return [4H, D] as [block, 4, D], a unit's gates together, each times its factor."""
     H, D = weight.shape[0] // 4, weight.shape[1]
     packed = weight.new_zeros(block_h(H), 4, D)
-    packed[:H] = weight.view(4, H, D).transpose(0, 1)
-    _scale(packed.transpose(0, 1), factors)
+    gates_first = packed[:H].transpose(0, 1)
+    torch.mul(
+        weight.view(4, H, D), _factors(of_gates, weight.device, weight.dtype), out=gates_first
+    )
     return packed
 
 
-def _pad_recurrent(weight: Tensor, factors: _Factors) -> Tensor:
+def _pad_recurrent(weight: Tensor, of_gates: tuple[float, ...]) -> Tensor:
     """Return [4H, H] as [4, block, block], halved once more because the kernels keep 2h."""
     H = weight.shape[1]
     packed = weight.new_zeros(4, block_h(H), block_h(H))
-    packed[:, :H, :H] = weight.view(4, H, H)
-    _scale(packed, (0.5 * factors[0], factors[1]))
+    factors = _factors(_halved(of_gates), weight.device, weight.dtype)
+    torch.mul(weight.view(4, H, H), factors, out=packed[:, :H, :H])
     return packed
 
 
-def _unpack(packed: Tensor, H: int) -> Tensor:
+def _unpack(packed: Tensor, H: int, of_gates: tuple[float, ...] = _GRADIENT) -> Tensor:
     """Return [block * 4, K] stored gate gradients as [4H, K] in PyTorch's order, true to size."""
-    gates = packed.view(-1, 4, packed.shape[1])[:H].transpose(0, 1).contiguous()
-    _scale(gates, _GRADIENT)
-    return gates.view(4 * H, -1)
-
-
-def _scale(gates: Tensor, factors: _Factors) -> None:
-    """Multiply gates, [4, ...], by their factors in place: exact, they are powers of two."""
-    gates *= factors[0]
-    gates[factors[1]] *= 2.0
+    gates = packed.view(-1, 4, packed.shape[1])[:H].transpose(0, 1)
+    unpacked = gates.new_empty(gates.shape)
+    torch.mul(gates, _factors(of_gates, packed.device, packed.dtype), out=unpacked)
+    return unpacked.view(4 * H, -1)

@@ -7,8 +7,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-MAX_HIDDEN = 128
-
 # bytes of shared memory that one program may use, by target
 SHARED_BYTES = {
     "sm_80": 166912,
@@ -71,27 +69,28 @@ def forward_tile(H: int, dtype: torch.dtype, precision: str, target: str) -> Til
     """Return the tile of the forward kernels.
 
     Args:
-        H: hidden size, 1 <= H <= MAX_HIDDEN.
+        H: hidden size, 1 <= H <= 128.
         dtype: float32, float16 or bfloat16.
         precision: of float32 products: "tf32", "tf32x3" or "ieee".
         target: "sm_90" and so on.
     """
-    block_h = _block(H)
+    block = block_h(H)
     # a warp holds 8 units of a block; 8 warps shorten a step (half the activations each), and at
     # block 32 there are only 4 groups of 8 units
-    num_warps = 4 if block_h == 32 else 8
-    return Tile(block_h, _sequences(target), num_warps, _streams(block_h, dtype, precision, target))
+    num_warps = 4 if block == 32 else 8
+    return Tile(block, _sequences(target), num_warps, _streams(block, dtype, precision, target))
 
 
 def backward_tile(H: int, dtype: torch.dtype, precision: str, target: str) -> Tile:
     """Return the tile of the backward kernel; arguments as for `forward_tile`."""
-    block_h = _block(H)
+    block = block_h(H)
     # the accumulator has one row a unit, so a warp holds 16 units: 2, 4 or 8 warps cover the block
-    streams = _streams(block_h, dtype, precision, target)
-    return Tile(block_h, _sequences(target), block_h // 16, streams)
+    streams = _streams(block, dtype, precision, target, parts=2)
+    return Tile(block, _sequences(target), block // 16, streams)
 
 
-def _block(H: int) -> int:
+def block_h(H: int) -> int:
+    """Return the units of a program for hidden size H."""
     # the dot product's inner dimension is at least 16; below 32 the work is all latency
     return 32 if H <= 32 else 64 if H <= 64 else 128
 
@@ -101,18 +100,18 @@ def _sequences(target: str) -> int:
     return 16 if target.startswith("gfx") else 8
 
 
-def _streams(block_h: int, dtype: torch.dtype, precision: str, target: str) -> bool:
-    # weight_hh passes through shared memory once on its way to registers, whole; tf32x3 splits
-    # each operand in two on the way
+def _streams(block: int, dtype: torch.dtype, precision: str, target: str, parts: int = 1) -> bool:
+    # weight_hh passes through shared memory once on its way to registers, whole or in parts; tf32x3
+    # splits each operand in two on the way
     copies = 2 if precision == "tf32x3" else 1
-    shared = 4 * block_h * block_h * dtype.itemsize * copies
+    shared = 4 * block * block * dtype.itemsize * copies // parts
     if target == "interpreter":
-        return dtype == torch.float32 and block_h == 128
+        return dtype == torch.float32 and block == 128
     if target.startswith("gfx"):
         # wavefronts of 64 leave half the registers a cell, and the weight stays in shared memory
         # beside the exchange of h
         return 2 * shared > SHARED_BYTES.get(target, LEAST_SHARED_BYTES)
-    if dtype == torch.float32 and block_h == 128:
+    if dtype == torch.float32 and block == 128:
         # 256 kB: fits no register file
         return True
     # besides it, h of a step passes through

@@ -51,7 +51,7 @@ def _load_states(cells_ptrs, row, STRIDE: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def _gates(x, DTYPE: tl.constexpr):
-    # tanh values of i, f, g, o from what a record holds
+    # tanh values of i, f, g and the derivative of 2h by o's gate
     if DTYPE == tl.float32:
         i_g, f_o = tl.split(tl.reshape(x, x.shape[:7] + (2, 2)))
     else:
@@ -63,7 +63,7 @@ def _gates(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def _states(x, DTYPE: tl.constexpr):
-    # tanh of the new cell, the old cell
+    # the derivative of 2h by the cell, less 1; the old cell
     if DTYPE == tl.float32:
         return tl.split(x)
     else:
@@ -86,18 +86,26 @@ def _opaque(x, ASSEMBLY: tl.constexpr):
         )
 
 
+@triton.jit
+def _as_operand(x, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, ASSEMBLY: tl.constexpr):
+    # cells with two gates [blocks, half, columns, side, warps, 8, 4, 2] -> [2 * BLOCK_H, BLOCK_N]
+    x = tl.permute(_opaque(x, ASSEMBLY), (7, 0, 4, 1, 5, 2, 6, 3))
+    return tl.reshape(x, (2 * BLOCK_H, BLOCK_N))
+
+
 @triton.jit(do_not_specialize=["B", "T", "H", "zero"])
 def _siamese_bwd_kernel(
     dpair_ptr,  # [B] float32 gradient of the L1 of a pair (HAS_DPAIR)
     dh_ptr,  # [N, H] gradient of the sentence vectors (HAS_DH)
     h_ptr,  # [N, H] sentence vectors
-    weight_ptr,  # [BLOCK_H, 4 * BLOCK_H] bits of weight_hh transposed
+    weight_ptr,  # [2, BLOCK_H, 2 * BLOCK_H] bits of weight_hh transposed
     lengths_ptr,  # [N] valid steps
     mask_ptr,  # [N, T] weights of the steps (HAS_MASK)
     order_ptr,  # [B] pairs in the order in which programs take them (HAS_ORDER)
-    gates_ptr,  # [N, T + 1, BLOCK_H, 4] tanh values of i, f, g, o; half precision: words of two.
-    # a row before the first may be read and is not used
-    cells_ptr,  # [N, T + 1, BLOCK_H, 2] tanh of the new cell, the old cell; likewise
+    # the forward's records, half precision in words of two; a row before the first may be read, and
+    # is not used
+    gates_ptr,  # [N, T + 1, BLOCK_H, 4]
+    cells_ptr,  # [N, T + 1, BLOCK_H, 2]
     dgates_ptr,  # [N, T + 1, BLOCK_H, 4] out: gate gradients
     B,  # pairs; sequences where not PAIRED
     T,
@@ -123,6 +131,7 @@ def _siamese_bwd_kernel(
     # elements of a unit in the records: half precision comes in words of two
     GATES: tl.constexpr = 4 if DTYPE == tl.float32 else 2
     STATES: tl.constexpr = GATES // 2
+    HALF: tl.constexpr = 2 * BLOCK_H * BLOCK_H
 
     seq, other, live, length, steps = _sequences(
         lengths_ptr, order_ptr, B, T, COLUMNS, PAIRED, HAS_ORDER
@@ -172,25 +181,26 @@ def _siamese_bwd_kernel(
     else:
         dh = tl.where(_at_units(last == steps - 1), dv, 0.0)
         dh = _as_accumulator(dh, BLOCK_H, BLOCK_N)
+    dh_go = tl.zeros((BLOCK_H, BLOCK_N), tl.float32)
     if not STREAM:
-        weight = _load_weight(weight_ptr, BLOCK_H, 4 * BLOCK_H, DTYPE, DOT_DTYPE, zero)
+        weight_if = _load_weight(weight_ptr, BLOCK_H, 2 * BLOCK_H, DTYPE, DOT_DTYPE, zero)
+        weight_go = _load_weight(weight_ptr + HALF, BLOCK_H, 2 * BLOCK_H, DTYPE, DOT_DTYPE, zero)
         # of 0: a use ahead of the loop keeps the weight's change of layout ahead of it
-        nothing = tl.zeros((4 * BLOCK_H, BLOCK_N), DOT_DTYPE)
-        dh = tl.dot(weight, nothing, dh, input_precision=PRECISION)
+        nothing = tl.zeros((2 * BLOCK_H, BLOCK_N), DOT_DTYPE)
+        dh = tl.dot(weight_if, nothing, dh, input_precision=PRECISION)
+        dh_go = tl.dot(weight_go, nothing, input_precision=PRECISION)
     t = steps - 1
     row = first_row + t
     for _ in range(steps):
         before = _at_units(tl.minimum(row - 1, last_row)).to(tl.int64)
         gates_before = _load_gates(gates_ptrs, before, GATES * BLOCK_H, DTYPE)
         states_before = _load_states(cells_ptrs, before, STATES * BLOCK_H, DTYPE)
-        i, f, g, o = _gates(gates, DTYPE)
-        tanh_c, c_before = _states(states, DTYPE)
-        d = _as_cells(dh, BLOCKS, COLUMNS, WARPS)
+        i, f, g, h_by_o = _gates(gates, DTYPE)
+        h_by_c, c_before = _states(states, DTYPE)
+        d = _as_cells(dh, BLOCKS, COLUMNS, WARPS) + _as_cells(dh_go, BLOCKS, COLUMNS, WARPS)
         # docs/kernels.md derives these; dc is twice the gradient of the cell
-        u = d * o + d
-        w = u * tanh_c
-        d_c = (0.5 * dc + u) - w * tanh_c
-        do = w - w * o
+        d_c = d * h_by_c + (0.5 * dc + d)
+        do = d * h_by_o
         e = d_c * i + d_c
         p = e * g
         di = p - p * i
@@ -204,25 +214,27 @@ def _siamese_bwd_kernel(
         else:
             upstream = tl.where(_at_units(length == t), dv, 0.0)
 
-        da = tl.join(tl.join(di, dg), tl.join(df, do)).to(DTYPE)
-        rows = tl.permute(_opaque(da, ASSEMBLY), (7, 8, 0, 4, 1, 5, 2, 6, 3))
-        rows = tl.reshape(rows, (4 * BLOCK_H, BLOCK_N)).to(DOT_DTYPE)
+        # two products, of half the gates each, for two chains of instructions; their sum waits for
+        # the next step, as the compiler would chain them if they were added here
+        d_if = tl.join(di, df).to(DTYPE)
+        d_go = tl.join(dg, do).to(DTYPE)
+        rows_if = _as_operand(d_if, BLOCK_H, BLOCK_N, ASSEMBLY).to(DOT_DTYPE)
+        rows_go = _as_operand(d_go, BLOCK_H, BLOCK_N, ASSEMBLY).to(DOT_DTYPE)
         dh = _as_accumulator(upstream, BLOCK_H, BLOCK_N)
         if STREAM:
+            weight = weight_ptr + t * zero
             dh = _product_streamed(
-                weight_ptr + t * zero,
-                rows,
-                dh,
-                BLOCK_H,
-                4 * BLOCK_H,
-                DTYPE,
-                DOT_DTYPE,
-                PRECISION,
+                weight, rows_if, dh, BLOCK_H, 2 * BLOCK_H, DTYPE, DOT_DTYPE, PRECISION
+            )
+            dh = _product_streamed(
+                weight + HALF, rows_go, dh, BLOCK_H, 2 * BLOCK_H, DTYPE, DOT_DTYPE, PRECISION
             )
         else:
-            dh = tl.dot(weight, rows, dh, input_precision=PRECISION)
+            dh = tl.dot(weight_if, rows_if, dh, input_precision=PRECISION)
+            dh_go = tl.dot(weight_go, rows_go, input_precision=PRECISION)
 
         at = tl.expand_dims(_at_units(row), 7).to(tl.int64) * (4 * BLOCK_H)
+        da = tl.permute(tl.join(d_if, d_go), (0, 1, 2, 3, 4, 5, 6, 8, 7))
         da = tl.reshape(da, d.shape + (4,))
         _store_cells(dgates_ptrs + at, da, _at_units(t <= last), 7)
         t -= 1

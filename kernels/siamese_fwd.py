@@ -80,9 +80,10 @@ def _siamese_fwd_kernel(
     similarity_ptr,  # [B] out: exp(-scale * L1) (PAIRED)
     distance_ptr,  # [B] out: L1 (PAIRED)
     h_ptr,  # [N, H] out: sentence vectors
-    gates_ptr,  # [N, T + 1, BLOCK_H, 4] out: tanh values of i, f, g, o (STORE_RECORDS)
-    cells_ptr,  # [N, T + 1, BLOCK_H, 2] out: tanh of the new cell, the old cell (STORE_RECORDS)
-    states_ptr,  # [N, T + 1, BLOCK_H] out: 2h (STORE_RECORDS)
+    # what the backward needs (STORE_RECORDS), see docs/kernels.md
+    gates_ptr,  # [N, T + 1, BLOCK_H, 4] out: tanh values i, f, g; derivative of 2h by o's gate
+    cells_ptr,  # [N, T + 1, BLOCK_H, 2] out: derivative of 2h by the cell, less 1; the old cell
+    states_ptr,  # [N, T + 1, BLOCK_H] out: 2h
     scale,
     B,  # pairs; sequences where not PAIRED
     T,
@@ -187,9 +188,10 @@ def _siamese_fwd_kernel(
             inside = _at_units(t <= last)
             # rows are addressed through 32 bits: one wide multiply-add an address
             at = _at_units(record_row).to(tl.int64)
-            values = tl.reshape(tl.join(tl.join(i, g), tl.join(f, o)), h.shape + (4,))
+            values = tl.join(tl.join(i, g), tl.join(f, h - h * o))
+            values = tl.reshape(values, h.shape + (4,))
             _store_cells(gates_ptrs + tl.expand_dims(at * (4 * BLOCK_H), 6), values, inside, 6)
-            values = tl.join(tanh_c, c_before)
+            values = tl.join(o - tanh_c * h, c_before)
             _store_cells(cells_ptrs + tl.expand_dims(at * (2 * BLOCK_H), 6), values, inside, 6)
             _store_cells(states_ptrs + at * BLOCK_H, h, inside, 6)
             record_row += 1

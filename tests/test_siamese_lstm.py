@@ -66,23 +66,33 @@ def test_sanitize(triton, inputs):
     check(Case(B=5, T_left=7, T_right=3, H=50, inputs=inputs, vocabulary="few"), "triton")
 
 
-@pytest.mark.parametrize("H", [3, 50])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_streamed_weights(triton, dtype, H, monkeypatch):
-    """Small tiles keep the recurrent weight on chip; here they read it every step all the same."""
+@pytest.fixture
+def change_tiles(triton, monkeypatch):
+    """A function that changes fields of every tile."""
     from fastsiam.kernels import _tiling
 
-    monkeypatch.setattr(_tiling, "_streams", lambda *_: True)
-    assert _tiling.forward_tile(H, dtype, "ieee", "sm_90").stream
+    def change(**fields):
+        for name in ("forward_tile", "backward_tile"):
+            choose = getattr(_tiling, name)
+            monkeypatch.setattr(
+                _tiling, name, lambda *args, choose=choose: choose(*args)._replace(**fields)
+            )
+
+    return change
+
+
+@pytest.mark.parametrize("H", [3, 50])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_streamed_weights(change_tiles, dtype, H):
+    """Small tiles keep the recurrent weight on chip; here they read it every step all the same."""
+    change_tiles(stream=True)
     check(Case(H=H, dtype=dtype, T_left=5), "triton")
 
 
 @pytest.mark.parametrize("H", [16, 50])
-def test_wide_tiles(triton, H, monkeypatch):
+def test_wide_tiles(change_tiles, H):
     """Some targets' matrix instructions want 16 columns: two groups of pairs a program."""
-    from fastsiam.kernels import _tiling
-
-    monkeypatch.setattr(_tiling, "_sequences", lambda *_: 16)
+    change_tiles(sequences=16)
     check(Case(B=13, H=H, T_left=5, inputs="ids, trained"), "triton")
 
 

@@ -14,7 +14,7 @@ from fastsiam.text.files import DataError, check_file, short
 from fastsiam.text.legacy import pickle_rows
 from fastsiam.text.tables import find_columns, read_table
 
-__all__ = ["DataError", "Pairs", "drop_repeats", "read_pairs"]
+__all__ = ["DataError", "Pairs", "drop_repeats", "is_range", "read_pairs"]
 
 # headers that need no columns=: the two sentences, the score, and the range that its makers state
 KNOWN_HEADERS: dict[tuple[str, str, str], tuple[float, float]] = {
@@ -76,16 +76,17 @@ def read_pairs(
         DataError: the file cannot be read, lacks a column, or has a line that is not two sentences
             and a score within the range.
         ValueError: `score_range` is not two finite numbers, the lower first, or `columns` is not
-            three names.
+            three different names.
     """
     if columns is not None and (isinstance(columns, str) or len(columns) != 3):
         raise ValueError(f"read_pairs: columns must be three names, got {columns!r}")
-    if score_range is not None:
+    if columns is not None and len(set(columns)) != 3:
+        raise ValueError(f"read_pairs: columns must differ from one another, got {columns!r}")
+    if score_range is not None and not is_range(*score_range):
         low, high = score_range
-        if not (math.isfinite(low) and math.isfinite(high) and low < high):
-            raise ValueError(
-                f"read_pairs: score_range must be two numbers, the lower first, got {low} {high}"
-            )
+        raise ValueError(
+            f"read_pairs: score_range must be two numbers, the lower first, got {low} {high}"
+        )
     path = check_file(path)
     data = path.read_bytes()
     if path.suffix in (".p", ".pkl", ".pickle") or data.startswith((b"(lp", b"\x80")):
@@ -93,6 +94,8 @@ def read_pairs(
     else:
         header, table = read_table(path, data)
         names, limits = _choose_columns(path, header, columns)
+        if twice := next((name for name in names if header.count(name) > 1), None):
+            raise DataError(f"{path}: the header names the column {twice!r} more than once")
         rows = ((where, [row[name] for name in names]) for where, row in table)
     low, high = score_range or limits
     pairs = Pairs([], [], [], (float(low), float(high)))
@@ -103,6 +106,11 @@ def read_pairs(
     if not pairs.score:
         raise DataError(f"{path}: no sentence pair in the file")
     return pairs
+
+
+def is_range(low: float, high: float) -> bool:
+    """Return whether the two are the ends of a scale: finite, the lower first, a finite width."""
+    return low < high and math.isfinite(high - low)
 
 
 def drop_repeats(train: Pairs, held_out: Pairs) -> tuple[Pairs, int]:

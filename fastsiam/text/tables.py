@@ -28,7 +28,7 @@ def read_table(path: Path, data: bytes) -> tuple[list[str], Iterator[Row]]:
         DataError: not UTF-8, no header, or, while the rows are read, a line that does not fit.
     """
     text = _decode(path, data)
-    if text.lstrip().startswith("{"):
+    if text.lstrip().startswith(("{", "[{")):  # an array is refused there, with its line
         return _json_rows(path, text)
     return _delimited_rows(path, text)
 

@@ -107,8 +107,15 @@ class Vocabulary:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Vocabulary:
-        """Make the vocabulary that `to_dict` described."""
-        return cls(values["words"], values["spelling"])
+        """Make the vocabulary that `to_dict` described.
+
+        Raises:
+            KeyError, TypeError, ValueError: the dict is not of that form.
+        """
+        words, spelling = list(values["words"]), dict(values["spelling"])
+        if not all(isinstance(word, str) for word in (*words, *spelling, *spelling.values())):
+            raise ValueError("words and spelling must hold text alone")
+        return cls(words, spelling)
 
 
 def case_forms(word: str) -> Iterator[str]:

@@ -187,7 +187,7 @@ class _Run:
         if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
             raise ValueError(
                 f"train: the loss or its gradient is not finite in epoch {epoch} of {phase}; "
-                f"lower lr, which is {self.config.first_lr:g}"
+                f"lower lr ({self.config.first_lr:g}) or scale ({self.config.scale:g})"
             )
         dev = self.inputs.dev
         metrics = measure(self.model.score(dev.left, dev.right), dev.similarity)

@@ -1,0 +1,532 @@
+"""`SiameseLSTM` as a module: parameters, copies, precision, training, and the cached projection."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from cases import DEVICE
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence
+
+from fastsiam import SiameseLSTM, functional
+
+D, H, V = 5, 6, 12
+NAMES = ["weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"]
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def make(**options):
+    return SiameseLSTM(D, H, **{"device": DEVICE, **options})
+
+
+def make_embedded(**options):
+    return make(embedding=torch.randn(V, D), **options)
+
+
+def draw_ids(B=4, T=5):
+    return torch.randint(V, (2, B, T), device=DEVICE), torch.tensor([5, 1, 0, 3], device=DEVICE)
+
+
+def score(m, ids=None):
+    (left, right), lengths = draw_ids() if ids is None else ids
+    return m(left, right, lengths, lengths.flip(0))
+
+
+# parameters
+
+
+def test_nn_lstm_state_dict_loads():
+    lstm = nn.LSTM(D, H, batch_first=True, device=DEVICE)
+    m = make()
+    assert list(m.state_dict()) == list(lstm.state_dict()) == NAMES
+    assert [tuple(p.shape) for p in m.parameters()] == [tuple(p.shape) for p in lstm.parameters()]
+    m.load_state_dict(lstm.state_dict())
+    x, y = torch.randn(2, 3, 7, D, device=DEVICE)
+    expected = torch.exp(-(lstm(x)[0][:, -1] - lstm(y)[0][:, -1]).abs().sum(dim=1))
+    torch.testing.assert_close(m(x, y), expected)
+    lstm.load_state_dict(m.state_dict())
+
+
+def test_start_is_nn_lstms():
+    """The same draws from the same seed, so that a comparison of the two starts alike."""
+    torch.manual_seed(3)
+    m = SiameseLSTM(D, H)
+    torch.manual_seed(3)
+    lstm = nn.LSTM(D, H)
+    for name, tensor in lstm.state_dict().items():
+        assert torch.equal(m.state_dict()[name], tensor), name
+
+
+def test_strict_loading():
+    lstm = nn.LSTM(D, H).state_dict()
+    with pytest.raises(RuntimeError, match=r'Missing key.*"embedding\.weight"'):
+        make_embedded().load_state_dict(lstm)
+    m = make_embedded()
+    missing = m.load_state_dict(lstm, strict=False)
+    assert missing.missing_keys == ["embedding.weight"]
+    assert missing.unexpected_keys == []
+    with pytest.raises(RuntimeError, match=r'Missing key.*"log_scale"'):
+        make(learn_scale=True).load_state_dict(lstm)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        make().load_state_dict(nn.LSTM(D, H + 1).state_dict())
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_to_and_from_lstm(bias, dtype):
+    lstm = nn.LSTM(D, H, bias=bias, device=DEVICE, dtype=dtype)
+    m = SiameseLSTM.from_lstm(lstm, scale=0.5)
+    back = m.to_lstm()
+    assert m.scale == 0.5
+    assert back.batch_first
+    for name, tensor in lstm.state_dict().items():
+        for other in (m, back):
+            same = other.state_dict()[name]
+            assert torch.equal(same, tensor)
+            assert (same.dtype, same.device) == (dtype, tensor.device)
+            assert same.data_ptr() != tensor.data_ptr()
+    assert list(m.state_dict()) == list(lstm.state_dict())
+    x = torch.randn(3, 4, D, device=DEVICE, dtype=dtype)
+    torch.testing.assert_close(m.encode(x), back(x)[0][:, -1])
+
+
+def test_from_lstm_with_an_embedding():
+    table = torch.randn(V, D)
+    lstm = nn.LSTM(D, H, device=DEVICE)
+    m = SiameseLSTM.from_lstm(lstm, embedding=table, learn_scale=True)
+    assert list(m.state_dict()) == [*NAMES, "log_scale", "embedding.weight"]
+    assert list(m.to_lstm().state_dict()) == NAMES
+    ids, lengths = draw_ids()
+    x, y = table.to(DEVICE)[ids]
+    expected = SiameseLSTM.from_lstm(lstm)(x, y, lengths, lengths.flip(0))
+    torch.testing.assert_close(score(m, (ids, lengths)), expected)
+
+
+def test_scale_is_an_option_or_a_parameter():
+    fixed, learned = make(scale=0.25), make(scale=0.25, learn_scale=True)
+    assert list(fixed.state_dict()) == NAMES
+    assert list(fixed.buffers()) == []
+    assert list(learned.state_dict()) == [*NAMES, "log_scale"]
+    learned.load_state_dict(fixed.state_dict(), strict=False)
+    assert fixed.scale == 0.25
+    assert learned.scale.item() == pytest.approx(0.25)
+    x, y = torch.randn(2, 3, 4, D, device=DEVICE)
+    torch.testing.assert_close(fixed(x, y), learned(x, y))
+    torch.testing.assert_close(torch.log(fixed(x, y)), fixed.log_similarity(x, y))
+    learned(x, y).sum().backward()
+    assert learned.log_scale.grad < 0
+
+
+def test_log_similarity_does_not_underflow(backend):
+    m = make(scale=1000.0, backend=backend)
+    x, y = torch.randn(2, 3, 4, D, device=DEVICE)
+    assert not m(x, y).any()
+    log_similarity = m.log_similarity(x, y)
+    assert (log_similarity < -100).all()
+    log_similarity.sum().backward()
+    assert all(p.grad.any() for p in m.parameters())
+
+
+def test_embedding_given_as_tensor_or_module():
+    table = torch.randn(V, D)
+    copied, frozen = make(embedding=table), make(embedding=nn.Embedding.from_pretrained(table))
+    assert copied.embedding.weight.data_ptr() != table.data_ptr()
+    assert torch.equal(copied.embedding.weight, frozen.embedding.weight)
+    for m in (copied, frozen):
+        assert not m.embedding.weight.requires_grad
+        score(m).sum().backward()
+        assert m.embedding.weight.grad is None
+    own = nn.Embedding(V, D)
+    m = make(embedding=own, freeze_embedding=False)
+    assert m.embedding is own
+    score(m).sum().backward()
+    assert own.weight.grad.any()
+    assert make(embedding=table.double()).embedding.weight.dtype == torch.float32
+    assert make(embedding=table, dtype=torch.bfloat16).embedding.weight.dtype == torch.bfloat16
+
+
+def test_masks_of_any_number(backend):
+    m = make_embedded(backend=backend)
+    (left, right), lengths = draw_ids()
+    mask = torch.randint(2, left.shape, device=DEVICE)
+    expected = m(left, right, left_mask=mask.float(), right_mask=mask.float())
+    for dtype in (torch.bool, torch.int64, torch.float64, torch.bfloat16):
+        masks = {"left_mask": mask.to(dtype), "right_mask": mask.to(dtype)}
+        torch.testing.assert_close(m(left, right, **masks), expected)
+    # a one at the end is the same as lengths
+    last = (torch.arange(5, device=DEVICE) == lengths.unsqueeze(1) - 1).float()
+    torch.testing.assert_close(
+        m(left, right, left_mask=last, right_mask=last), m(left, right, lengths, lengths)
+    )
+
+
+def test_lengths_of_any_kind(backend):
+    m = make_embedded(backend=backend)
+    (left, right), lengths = draw_ids()
+    expected = m(left, right, lengths, lengths)
+    for given in (lengths.tolist(), tuple(lengths.tolist()), lengths.int(), lengths.cpu()):
+        assert torch.equal(m(left, right, given, given), expected)
+    full = torch.full_like(lengths, 5)
+    assert torch.equal(m(left, right), m(left, right, full, full))
+
+
+# copies
+
+
+@pytest.mark.parametrize("filled", [False, True], ids=["fresh", "cached"])
+def test_deepcopy_and_pickle(filled):
+    m = make_embedded(scale=0.5, learn_scale=True)
+    ids = draw_ids()
+    if filled:
+        with torch.no_grad():
+            score(m, ids)
+    for twin in (copy.deepcopy(m), pickle.loads(pickle.dumps(m))):
+        with torch.no_grad():
+            assert torch.equal(score(twin, ids), score(m, ids))
+            twin.weight_hh_l0.zero_()
+            assert not torch.equal(score(twin, ids), score(m, ids))
+
+
+def test_save_and_load():
+    m, other = make_embedded(learn_scale=True), make_embedded(learn_scale=True)
+    file = io.BytesIO()
+    torch.save(m.state_dict(), file)
+    file.seek(0)
+    ids = draw_ids()
+    with torch.no_grad():
+        assert not torch.equal(score(other, ids), score(m, ids))
+        other.load_state_dict(torch.load(file, weights_only=True))
+        assert torch.equal(score(other, ids), score(m, ids))
+
+
+# precision
+
+
+def test_half_double_and_back(backend):
+    m = make_embedded(backend=backend)
+    ids = draw_ids()
+    expected = score(m, ids).detach()
+    for dtype in (torch.float16, torch.bfloat16):
+        half = copy.deepcopy(m).to(dtype)
+        assert half.encode(ids[0][0]).dtype == dtype
+        assert score(half, ids).dtype == torch.float32
+        torch.testing.assert_close(score(half, ids).detach(), expected, rtol=0, atol=0.05)
+    if backend != "triton":
+        double = copy.deepcopy(m).double()
+        assert score(double, ids).dtype == torch.float64
+        torch.testing.assert_close(score(double, ids).float(), expected)
+    assert score(copy.deepcopy(m).half().float(), ids).dtype == torch.float32
+
+
+@pytest.mark.parametrize("embedded", [True, False], ids=["ids", "dense"])
+def test_autocast(backend, embedded):
+    options = {"backend": backend, "scale": 0.5, "learn_scale": True}
+    m = make_embedded(freeze_embedding=False, **options) if embedded else make(**options)
+    (left, right), lengths = draw_ids()
+    if not embedded:
+        left, right = torch.randn(2, 4, 5, D, device=DEVICE)
+    plain = m(left, right, lengths, lengths)
+    plain.sum().backward()
+    gradients = [p.grad for p in m.parameters()]
+    m.zero_grad()
+    with torch.autocast(DEVICE, torch.bfloat16):
+        similarity = m(left, right, lengths, lengths)
+        assert m.encode(left).dtype == torch.bfloat16
+        with torch.no_grad():
+            inferred = m(left, right, lengths, lengths)
+    similarity.sum().backward()
+    assert similarity.dtype == inferred.dtype == torch.float32
+    assert not torch.equal(similarity, plain)
+    torch.testing.assert_close(similarity, plain, rtol=0, atol=0.05)
+    torch.testing.assert_close(inferred, similarity.detach(), rtol=0, atol=0.01)
+    for p, gradient in zip(m.parameters(), gradients, strict=True):
+        assert p.grad.dtype == torch.float32
+        torch.testing.assert_close(p.grad, gradient, rtol=0, atol=0.1)
+    # and what was cached for one precision is not used for the other
+    with torch.no_grad():
+        torch.testing.assert_close(m(left, right, lengths, lengths), plain.detach())
+
+
+# tools
+
+
+def test_train_and_eval_are_one():
+    m = make_embedded()
+    ids = draw_ids()
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            assert torch.equal(score(m.train(), ids), score(m.eval(), ids))
+
+
+def test_export_through_the_reference():
+    m = make_embedded(backend="reference").eval()
+    (left, right), lengths = draw_ids()
+    exported = torch.export.export(m, (left, right, lengths, lengths))
+    expected = m(left, right, lengths, lengths)
+    torch.testing.assert_close(exported.module()(left, right, lengths, lengths), expected)
+    operators = {str(node.target) for node in exported.graph.nodes if node.op == "call_function"}
+    assert all(name.startswith("aten.") or "fastsiam" not in name for name in operators)
+
+
+def test_data_parallel_steps(tmp_path):
+    """A process group of one."""
+    group = f"file://{tmp_path / 'store'}"
+    torch.distributed.init_process_group("gloo", init_method=group, rank=0, world_size=1)
+    try:
+        m = make_embedded(device="cpu", learn_scale=True, freeze_embedding=False)
+        alone = copy.deepcopy(m)
+        wrapped = nn.parallel.DistributedDataParallel(m)
+        ids, lengths = (t.cpu() for t in draw_ids())
+        for model, parameters in ((wrapped, m), (alone, alone)):
+            optimizer = torch.optim.SGD(parameters.parameters(), lr=0.1)
+            for _ in range(2):
+                optimizer.zero_grad()
+                model(*ids, lengths, lengths).sum().backward()
+                optimizer.step()
+        for name, tensor in alone.state_dict().items():
+            torch.testing.assert_close(m.state_dict()[name], tensor)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_explain():
+    m = make()
+    name = "torch" if DEVICE == "cpu" else "triton"
+    assert m.explain().startswith(f"{name}: inputs are on {DEVICE}")
+    assert m.explain().endswith(f"(H = 6, float32 on {DEVICE})")
+    assert m.explain("cpu").startswith("torch: inputs are on cpu, and triton's kernels run on cuda")
+    for backend in ("torch", "lstm", "reference"):
+        m = make(backend=backend, dtype=torch.bfloat16)
+        assert m.explain() == f"{backend}: named by the caller (H = 6, bfloat16 on {DEVICE})"
+
+
+def test_explain_on_cuda(triton):
+    """What a machine with a GPU would say, asked on any."""
+    small, large = make(), SiameseLSTM(D, 129)
+    assert small.explain("cuda").startswith("triton: inputs are on cuda and the kernels cover")
+    assert large.explain("cuda").startswith("torch: H must be at most 128")
+    assert make(dtype=torch.float64).explain("cuda").startswith("torch: dtype must be float32,")
+
+
+def test_repr():
+    assert repr(make(scale=0.25)).startswith("SiameseLSTM(5, 6, bias=True, pooling='last', scale=0")
+    assert "scale=learned" in repr(make_embedded(learn_scale=True, backend="torch"))
+
+
+# training
+
+
+class Rival(nn.Module):
+    """The same network out of PyTorch's parts."""
+
+    def __init__(self, m):
+        super().__init__()
+        self.embedding = copy.deepcopy(m.embedding)
+        self.lstm = m.to_lstm()
+        self.log_scale = copy.deepcopy(m.log_scale)
+
+    def forward(self, left, right, left_lengths, right_lengths):
+        u, v = self.last(left, left_lengths), self.last(right, right_lengths)
+        return torch.exp(-self.log_scale.exp() * (u - v).abs().sum(dim=1))
+
+    def last(self, ids, lengths):
+        x = self.embedding(ids)
+        packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        return self.lstm(packed)[1][0][0]
+
+
+@pytest.mark.parametrize("make_optimizer", [torch.optim.SGD, torch.optim.Adam])
+@pytest.mark.parametrize("backend", ["torch", "lstm", "reference"])
+def test_training_is_nn_lstms(backend, make_optimizer):
+    m = make_embedded(
+        dtype=torch.float64, device="cpu", learn_scale=True, freeze_embedding=False, backend=backend
+    )
+    rival = Rival(m)
+    batches = [
+        (*torch.randint(V, (2, 8, 7)), *torch.randint(1, 8, (2, 8)), torch.rand(8).double())
+        for _ in range(20)
+    ]
+    losses = []
+    for model in (m, rival):
+        optimizer = make_optimizer(model.parameters(), lr=0.05)
+        losses.append([])
+        for *inputs, target in batches:
+            optimizer.zero_grad()
+            loss = nn.functional.mse_loss(model(*inputs), target)
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(loss.item())
+    torch.testing.assert_close(*map(torch.tensor, losses), rtol=0, atol=1e-9)
+    own, other = m.state_dict(), rival.state_dict()
+    for name in own:
+        theirs = other.get(name, other.get(f"lstm.{name}"))
+        torch.testing.assert_close(own[name], theirs, rtol=0, atol=1e-9, msg=name)
+
+
+# the projected vocabulary, kept while no weight changes
+
+
+@pytest.fixture
+def prepares(monkeypatch):
+    """The calls that project the vocabulary."""
+    calls = []
+
+    def counted(weights, embedding, backend):
+        calls.append(backend)
+        return prepare(weights, embedding, backend)
+
+    prepare = functional.prepare
+    monkeypatch.setattr(functional, "prepare", counted)
+    return calls
+
+
+def test_cache_is_used_while_gradients_are_off(fused_backend, prepares):
+    m = make_embedded(backend=fused_backend)
+    ids = draw_ids()
+    score(m, ids)
+    assert prepares == []
+    for mode in (m.train, m.eval):
+        mode()
+        for off in (torch.no_grad, torch.inference_mode):
+            with off():
+                first = score(m, ids)
+                m.encode(ids[0][0])
+                m.log_similarity(*ids[0])
+            torch.testing.assert_close(first, score(m, ids).detach())
+    assert prepares == [fused_backend]
+
+
+def test_dense_inputs_have_no_cache(prepares):
+    m = make()
+    with torch.no_grad():
+        m(*torch.randn(2, 3, 4, D, device=DEVICE))
+    assert prepares == []
+
+
+def in_place(m):
+    with torch.no_grad():
+        m.bias_hh_l0.add_(1)
+
+
+def take_step(m):
+    optimizer = torch.optim.SGD(m.parameters(), lr=1.0)
+    with torch.enable_grad():
+        score(m).sum().backward()
+    optimizer.step()
+
+
+def load(m):
+    m.load_state_dict(make_embedded().state_dict())
+
+
+def change_backend(m):
+    m.backend = "lstm"
+
+
+def replace_embedding(m):
+    m.embedding = nn.Embedding.from_pretrained(torch.randn(V + 3, D, device=DEVICE))
+
+
+def replace_weight(m):
+    m.weight_hh_l0 = nn.Parameter(torch.randn(4 * H, H, device=DEVICE))
+
+
+def embedding_rows(m):
+    with torch.no_grad():
+        m.embedding.weight[1:] = 3.0
+
+
+CHANGES = [in_place, take_step, load, change_backend, replace_embedding, replace_weight]
+CHANGES += [embedding_rows]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_cache_follows_every_change(fused_backend, change):
+    m = make_embedded(backend=fused_backend)
+    ids = draw_ids()
+    with torch.no_grad():
+        before = score(m, ids)
+    change(m)
+    with torch.no_grad():
+        after = score(m, ids)
+    # with gradients on there is no cache
+    torch.testing.assert_close(after, score(m, ids).detach())
+    if change is not change_backend:
+        assert not torch.allclose(after, before, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [*NAMES, "embedding.weight"])
+def test_cache_follows_writes_through_data(name):
+    """They leave no trace in a version counter; on the CPU the values are compared."""
+    m = make_embedded(device="cpu")
+    ids = tuple(t.cpu() for t in draw_ids())
+    with torch.no_grad():
+        before = score(m, ids)
+        m.get_parameter(name).data.mul_(2)
+        after = score(m, ids)
+    assert not torch.equal(after, before)
+    torch.testing.assert_close(after, score(m, ids).detach())
+
+
+def test_inference_mode_all_the_way(fused_backend):
+    """Made, loaded and used inside it, where tensors have no version counter."""
+    ids = draw_ids()
+    m = make_embedded(backend=fused_backend)
+    expected = score(m, ids).detach()
+    with torch.inference_mode():
+        twin = make_embedded(backend=fused_backend)
+        twin.load_state_dict(m.state_dict())
+        assert twin.weight_hh_l0.is_inference()
+        for _ in range(2):
+            torch.testing.assert_close(score(twin, ids), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(score(twin, ids), expected)
+
+
+# only where there is a GPU
+
+
+@pytest.mark.gpu
+def test_nothing_waits_for_the_gpu(triton):
+    m = make_embedded(backend="triton", freeze_embedding=False)
+    ids = draw_ids()
+    target = torch.rand(4, device=DEVICE)
+
+    def step():
+        nn.functional.mse_loss(score(m, ids), target).backward()
+        with torch.no_grad():
+            return score(m, ids)
+
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_one_graph_serves_every_batch_of_a_shape(triton):
+    m = make_embedded(backend="triton")
+    (left, right), lengths = draw_ids()
+    stream = torch.cuda.Stream()
+    with torch.no_grad(), torch.cuda.stream(stream):
+        m(left, right, lengths, lengths)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        similarity = m(left, right, lengths, lengths)
+    for _ in range(2):
+        new, new_lengths = draw_ids()
+        left.copy_(new[0])
+        right.copy_(new[1])
+        lengths.copy_(new_lengths.flip(0))
+        graph.replay()
+        with torch.no_grad():
+            assert torch.equal(similarity, m(left, right, lengths, lengths))
