@@ -24,7 +24,7 @@ from fastsiam.training.config import Config
 from fastsiam.training.data import Inputs
 from fastsiam.training.evaluate import Metrics, evaluate
 from fastsiam.training.loop import Result, train
-from fastsiam.training.report import EpochRecord
+from fastsiam.training.report import EpochRecord, RunFolder
 
 WRONG_USE, BAD_DATA, ENVIRONMENT, INTERRUPTED = 2, 3, 4, 130
 EXIT_CODES = (
@@ -148,7 +148,7 @@ def train_command(
     ] = None,
     columns: Columns = None,
     score_range: ScoreRange = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print the final table alone.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print the result alone.")] = False,
 ) -> None:
     """Train on scored sentence pairs; --columns and --score-range hold for every file."""
     with _exit_codes():
@@ -244,10 +244,7 @@ def demo_command(
     with _exit_codes():
         with nullcontext(str(out)) if out else tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            if folder.exists() and any(folder.iterdir()):
-                raise ValueError(
-                    f"out must be a new or empty folder, got {folder} with files in it"
-                )
+            RunFolder(folder)  # refuses one in use
             typer.echo("making sentence pairs and word vectors of a little world ...")
             paths = write_sample(folder / "sample")
             config = Config(
@@ -282,7 +279,7 @@ class _Screen:
         self.task = self.progress.add_task("reading", total=None, figures="")
 
     def on_start(self, inputs: Inputs, model: TextSiamese, pairs: int) -> None:
-        self.progress.update(self.task, total=pairs)
+        self.progress.update(self.task, description="training", total=pairs)
         if self.quiet:
             return
         for phase, kept in inputs.phases.items():
@@ -384,5 +381,10 @@ def _exit_codes() -> Iterator[None]:
         code, message = ENVIRONMENT, str(error)
     except (ValueError, TypeError, NotImplementedError) as error:
         code, message = WRONG_USE, str(error)
+    except (MemoryError, RuntimeError) as error:
+        # PyTorch has no class of its own for a CPU out of memory
+        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+            raise
+        code, message = ENVIRONMENT, "out of memory; lower --batch-size or --hidden-size"
     typer.echo(f"fastsiam: {' '.join(message.split())}", err=True)
     raise typer.Exit(code)

@@ -308,7 +308,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     }
     for name, kind in kinds.items():
         value = config.get(name)
-        if type(value) is not kind or not 0 < value < math.inf:
+        if type(value) is not kind or not 0 < config[name] < math.inf:
             raise DataError(f"{path}: {name} must be a positive {kind.__name__}, got {value!r}")
     limits = config.get("score_range")
     if not (

@@ -246,8 +246,8 @@ def test_demo_learns_and_shows_it(tmp_path):
     assert golds[0] < 2
     assert golds[-1] > 4.5
     assert (tmp_path / "demo" / "run" / "model.safetensors").exists()
-    again = run("demo", "--out", tmp_path / "demo")
-    assert "new or empty" in one_line(again, 2)
+    for used in (tmp_path / "demo", tmp_path / "demo" / "run" / "plot.png"):
+        assert "new or empty" in one_line(run("demo", "--out", used), 2)
 
 
 # what is refused: one line, an exit code, no traceback
@@ -277,7 +277,9 @@ def test_wrong_files(files, tmp_path):
     fails(3, "dev.tsv", "no column 'x'", columns="x,sentence_B,relatedness_score")
     fails(3, "broken.tsv", "JSON", spelling=broken(1, "no JSON"))
     fails(2, "LEFT,RIGHT,SCORE", columns="one,two")
+    fails(2, "three different names", columns="sentence_A,sentence_A,relatedness_score")
     fails(2, "score_range", **{"score-range": (5, 1)})
+    fails(2, "score_range", **{"score-range": (-1e308, 1e308)})
     # nothing was trained
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -290,9 +292,13 @@ def test_wrong_options(files, tmp_path):
     fails(2, "backend must be one of", "'fast'", backend="fast")
     fails(2, "optimizer", "'sgd'", optimizer="sgd")
     fails(2, "oov", oov="mean")
-    fails(2, "epochs must be at least 1, got 0", epochs=0)
+    fails(2, "epochs must be from 1 to", "got 0", epochs=0)
     fails(2, "device must be like", device="gpu")
     fails(2, "scale", scale="nan")
+    fails(2, "lower lr", "scale (1e+300)", scale="1e300")
+    fails(2, "hidden_size must be", **{"hidden-size": 10**20})
+    fails(4, "out of memory", **{"hidden-size": 10**9})
+    fails(4, "'meta' cannot be used", device="meta")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")

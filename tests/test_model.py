@@ -1,4 +1,5 @@
 import json
+import math
 import os
 
 import pytest
@@ -182,8 +183,9 @@ def test_a_failed_save_leaves_the_old_files(model, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="No space left") as caught:
         model.save_pretrained(tmp_path)
+    assert caught.value.filename == str(tmp_path / "vocabulary.json")
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
@@ -209,12 +211,26 @@ DAMAGE = {
     "no words": (lambda f: (f / "vocabulary.json").unlink(), "vocabulary.json: cannot be read"),
     "no JSON": (lambda f: (f / "config.json").write_text("{"), "must be JSON"),
     "a list": (lambda f: (f / "config.json").write_text("[]"), "not a configuration"),
+    "no format": (lambda f: edit_config(f, format=True), "not a configuration"),
     "newer": (lambda f: edit_config(f, format=2), "newer fastsiam .format 2"),
     "no size": (lambda f: edit_config(f, hidden_size="5"), "hidden_size must be a positive int"),
     "negative scale": (lambda f: edit_config(f, scale=-1.0), "scale must be a positive float"),
+    "endless scale": (lambda f: edit_config(f, scale=math.inf), "scale must be a positive float"),
+    "endless range": (lambda f: edit_config(f, score_range=[0, math.inf]), "two numbers"),
+    "no numbers": (lambda f: edit_config(f, score_range=[False, True]), "two numbers"),
     "one limit": (lambda f: edit_config(f, score_range=[1]), "score_range must be two numbers"),
     "other size": (lambda f: edit_config(f, hidden_size=7), r"weight_ih_l0 must be \[28, 6\]"),
     "odd words": (lambda f: (f / "vocabulary.json").write_text("[1]"), "not a vocabulary"),
+    "a word that is none": (
+        lambda f: (f / "vocabulary.json").write_text('{"words": ["<unk>", 1], "spelling": {}}'),
+        "must hold text alone",
+    ),
+    "a spelling that is none": (
+        lambda f: (f / "vocabulary.json").write_text(
+            '{"words": ["<unk>"], "spelling": {"a": ["b"]}}'
+        ),
+        "must hold text alone",
+    ),
     "a word twice": (
         lambda f: (f / "vocabulary.json").write_text(
             '{"words": ["<unk>", "a", "a"], "spelling": {}}'

@@ -121,6 +121,7 @@ def test_exact_name_wins_over_another_letter_case(write):
             "no header\t" + "word " * 99 + "\t1\n",
             r"the columns are no header, word .{150,190} \.\.\.$",
         ),
+        ("score\t" + STS, "x: the header names the column 'score' more than once"),
         (STS + "a\tb\n", "x, line 2: must have 3 fields as the header has, got 2"),
         (STS + "a\tb\t1\n\na\tb\tc\t1\n", "x, line 4: must have 3 fields .* got 4"),
         (STS + "a\tb\tgood\n", "x, line 2: the score must be a number, got 'good'"),
@@ -135,6 +136,7 @@ def test_exact_name_wins_over_another_letter_case(write):
         (STS.replace("\t", ",") + 'a,"b\nc",1\nd,e,x\n', "x, line 4: the score must be a number"),
         ('{"sentence1": 1}\n', "x: the header is none of the known ones.* columns are sentence1"),
         ('{"a": 1}\n{"a": \n', "x: the header is none of the known"),
+        ('[{"sentence1": "a"}]', "x, line 1: must be one JSON object, got"),
         ('{"a": \n', "x, line 1: must be one JSON object, got '{\"a\": '"),
     ],
 )
@@ -215,16 +217,16 @@ def test_no_file(tmp_path):
         read_pairs(tmp_path)
 
 
-@pytest.mark.parametrize("limits", [(1, 1), (5, 1), (math.nan, 5), (0, math.inf)])
+@pytest.mark.parametrize("limits", [(1, 1), (5, 1), (math.nan, 5), (0, math.inf), (-1e308, 1e308)])
 def test_bad_range(limits):
     with pytest.raises(ValueError, match="score_range must be two numbers, the lower first") as e:
         read_pairs(DATA / "sts.tsv", score_range=limits)
     assert not isinstance(e.value, DataError)  # the caller's mistake, not the file's
 
 
-@pytest.mark.parametrize("columns", ["abc", ("a", "b")])
+@pytest.mark.parametrize("columns", ["abc", ("a", "b"), ("a", "a", "b")])
 def test_bad_columns(columns):
-    with pytest.raises(ValueError, match="columns must be three names"):
+    with pytest.raises(ValueError, match="columns must be three different names"):
         read_pairs(DATA / "sts.tsv", columns=columns)
 
 

@@ -92,7 +92,6 @@ def test_look_up_order_and_coverage(kv, tmp_path):
     assert coverage.types == dict(zip(rules, (2, 1, 1, 1, 1, 3), strict=True))
     assert coverage.missing == [("mouse", 2), ("ant", 1), ("gnu", 1)]
     assert coverage.token_share == pytest.approx(8 / 12)
-    assert coverage.type_share == pytest.approx(6 / 9)
 
 
 def test_a_counter_of_words_is_enough(kv, tmp_path):
@@ -214,11 +213,12 @@ KIND = "must be word vectors in word2vec or GloVe format"
         (b"cat 1 2\ndog 3\n", "line 2: must be a word and 2 numbers"),
         (b"2 3\ncat 1 2\n", "line 2: must be a word and 3 numbers"),
         (b"cat 1 2\ndog 3 x\n", "not a file of word vectors"),
+        (b"cat 1 1e300\n", "a vector holds NaN or infinity"),
         (b"cat 1 nan\n", "a vector holds NaN or infinity"),
         (BINARY[:12] + b"\0\0\xc0\x7f" + BINARY[16:], "a vector holds NaN or infinity"),
         (BINARY[:12] + b"\1\0\x80\x7f" + BINARY[16:], "a vector holds NaN or infinity"),
-        (gzip.compress(BINARY * 50)[:-12], "damaged or cut short"),
-        (gzip.compress(BINARY)[:-8] + b"\0" * 8, "damaged or cut short"),
+        (gzip.compress(BINARY * 50, mtime=0)[:-12], "damaged or cut short"),
+        (gzip.compress(BINARY, mtime=0)[:-8] + b"\0" * 8, "damaged or cut short"),
         (b"\x1f\x8b not gzip", "damaged or cut short"),
         (b"gnu 1 2\n", "none of the 2 words looked up has a vector in it"),
     ],

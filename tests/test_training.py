@@ -328,7 +328,8 @@ def test_ctrl_c_keeps_the_best_so_far(files, when):
 
 def test_long_sentences_are_cut_and_counted(files):
     write_pairs(files.dev, [("the " * 80, "a dog", 1.0), *make_pairs(20, seed=3)])
-    assert load_inputs(make_config(files)).truncated == 1
+    write_pairs(files.test, [("a dog", "the " * 80, 1.0)])
+    assert load_inputs(make_config(files)).truncated == 2
     assert load_inputs(make_config(files, max_len=2)).truncated > 30
     assert load_inputs(make_config(files)).dev.left.ids.shape[1] == 73
 
@@ -347,9 +348,10 @@ def test_joined_vectors(files):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"epochs": 0}, "epochs must be from 1 to .*, got 0"),
         ({"batch_size": -1}, "batch_size"),
         ({"hidden_size": 0}, "hidden_size"),
+        ({"hidden_size": 2**31}, "hidden_size"),
         ({"max_len": 0}, "max_len"),
         ({"scale": 0.0}, "scale must be positive"),
         ({"lr": math.nan}, "lr must be positive"),

@@ -78,10 +78,10 @@ def read_pairs(
         ValueError: `score_range` is not two finite numbers, the lower first, or `columns` is not
             three different names.
     """
-    if columns is not None and (isinstance(columns, str) or len(columns) != 3):
-        raise ValueError(f"read_pairs: columns must be three names, got {columns!r}")
-    if columns is not None and len(set(columns)) != 3:
-        raise ValueError(f"read_pairs: columns must differ from one another, got {columns!r}")
+    if columns is not None and (
+        isinstance(columns, str) or not len(columns) == len(set(columns)) == 3
+    ):
+        raise ValueError(f"read_pairs: columns must be three different names, got {columns!r}")
     if score_range is not None and not is_range(*score_range):
         low, high = score_range
         raise ValueError(

@@ -65,6 +65,7 @@ def read_vectors(
         ImportError: gensim is not installed.
     """
     try:
+        import numpy as np
         from gensim.models import KeyedVectors
     except ImportError as error:
         message = "load_vectors: gensim is missing; install it with: pip install gensim"
@@ -85,7 +86,8 @@ def read_vectors(
             end = b"" if layout.binary else b"\n"
             file.writelines(word + b" " + vector + end for word, vector in records.items())
         try:
-            kept = KeyedVectors.load_word2vec_format(str(cut), binary=layout.binary)
+            with np.errstate(over="ignore"):  # infinity is refused below
+                kept = KeyedVectors.load_word2vec_format(str(cut), binary=layout.binary)
         except ValueError as error:
             raise DataError(f"{path}: not a file of word vectors: {error}") from error
     table = torch.from_numpy(kept.vectors)
@@ -144,7 +146,7 @@ def _scan(
         if len(norms) < _NORM_RECORDS:
             try:
                 values = np.frombuffer(vector, "<f4") if layout.binary else np.array(vector.split())
-                with np.errstate(invalid="ignore"):  # NaN is reported once all is read
+                with np.errstate(over="ignore", invalid="ignore"):  # refused once all is read
                     norms.append(float(np.linalg.norm(values.astype(np.float64))))
             except ValueError as error:
                 raise DataError(f"{path}: not a file of word vectors: {error}") from error

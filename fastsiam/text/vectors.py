@@ -41,11 +41,6 @@ class Coverage:
         """Share of the occurrences whose word has a vector, 0..1."""
         return 1.0 - self.tokens["missing"] / sum(self.tokens.values())
 
-    @property
-    def type_share(self) -> float:
-        """Share of the different words that have a vector, 0..1."""
-        return 1.0 - self.types["missing"] / sum(self.types.values())
-
 
 @dataclass(frozen=True)
 class WordVectors:

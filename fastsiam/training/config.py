@@ -70,8 +70,8 @@ class Config:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "hidden_size", "max_len"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            if not 1 <= getattr(self, name) < 2**31:
+                raise ValueError(f"{name} must be from 1 to 2**31 - 1, got {getattr(self, name)}")
         for name in ("scale", "clip", "lr"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):

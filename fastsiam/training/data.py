@@ -61,7 +61,7 @@ class Inputs:
         test: pairs as in the test file, if any.
         score_range: scale of the dev file's scores.
         dropped: phase -> training pairs left out because dev or test holds them too.
-        truncated: sentences that lost their end to `max_len`.
+        truncated: sentences of all files that lost their end to `max_len`.
         vocabulary: the words with a vector.
         table: [V, D] float32.
         coverage: how many words have a vector.
@@ -117,9 +117,9 @@ def load_inputs(config: Config) -> Inputs:
         config.vectors, words, spelling=spelling, oov=config.oov, seed=config.seed
     )
     vocabulary = Vocabulary(vectors.words, spelling)
+    parts = {**phases, "dev": dev} | ({} if test is None else {"test": test})
     encoded = {
-        name: EncodedPairs.of(pairs, vocabulary, config.max_len)
-        for name, pairs in {**phases, "dev": dev}.items()
+        name: EncodedPairs.of(pairs, vocabulary, config.max_len) for name, pairs in parts.items()
     }
     return Inputs(
         phases={phase: encoded[phase] for phase in phases},
