@@ -96,7 +96,8 @@ def siamese_infer(
             store_records=False,
         )
         return outputs[:3]
-    h = batched.infer(table, weight, ids, lengths, mask, steps)
+    with batched.threads(lengths):
+        h = batched.infer(table, weight, ids, lengths, mask, steps)
     return *_score(h, paired, scale, learned_scale), h.to(dtype)
 
 
@@ -179,7 +180,8 @@ def siamese_fwd(
             x.dtype,
             store_records=True,
         )
-    h, *saved = batched.forward(x, ids, lengths, mask, weight_ih, weight_hh, bias, steps)
+    with batched.threads(lengths):
+        h, *saved = batched.forward(x, ids, lengths, mask, weight_ih, weight_hh, bias, steps)
     return *_score(h, paired, scale, learned_scale), h.to(x.dtype), saved[0], saved[1], saved[2]
 
 
@@ -261,9 +263,10 @@ def siamese_bwd(
         left, right = h.to(gates.dtype).chunk(2)
         pull = torch.sign(left - right) * dpair.unsqueeze(1)
         dv = dv + torch.cat((pull, -pull))
-    dx, dweight_ih, dweight_hh, dbias = batched.backward(
-        dv, x, ids, lengths, mask, weight_ih, weight_hh, gates, c, states, steps, need_dx
-    )
+    with batched.threads(lengths):
+        dx, dweight_ih, dweight_hh, dbias = batched.backward(
+            dv, x, ids, lengths, mask, weight_ih, weight_hh, gates, c, states, steps, need_dx
+        )
     return (
         dx.to(x.dtype),
         dweight_ih.to(weight_ih.dtype),

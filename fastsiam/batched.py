@@ -19,7 +19,9 @@ file, and nowhere else, three things are therefore scaled, by powers of two and 
 from __future__ import annotations
 
 import contextlib
+import functools
 import mmap
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -28,6 +30,9 @@ from torch import Tensor
 # sequences in a group, and packed rows that a block has at least where its group has as many
 GROUP = 1024
 BLOCK = 2048
+
+# sequences up to which a batch is not worth a second thread
+SMALL = 128
 
 # bytes from which the GNU C library takes memory from the system whatever was free before
 HUGE = 32 * 2**20
@@ -91,6 +96,20 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+@contextlib.contextmanager
+def threads(lengths: Tensor) -> Iterator[None]:
+    """Run a small batch on one thread: its operations are over before a second one wakes up."""
+    before = torch.get_num_threads()
+    if lengths.shape[0] > SMALL or before == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def project(x: Tensor, weight_ih: Tensor, bias: Tensor | None) -> Tensor:
     """Return the input gates of the rows of x, [R, D], as [R, 4H] with g doubled."""
     x = x.to(compute_dtype(x.dtype))
@@ -129,7 +148,7 @@ def infer(
         [N, H].
     """
     plan = schedule(lengths, steps)
-    rows = plan.tokens if ids is None else ids.reshape(-1)[plan.tokens]
+    rows = plan.tokens if ids is None else ids.reshape(-1).index_select(0, plan.tokens)
     weights = _packed_mask(mask, plan, table.dtype)
     states = _start(table, lengths.shape[0], weight.shape[0], mask)
     for block in plan.blocks:
@@ -161,7 +180,9 @@ def forward(
     """
     plan = schedule(lengths, steps)
     words, rows = _distinct(ids, plan, x.shape[0])
-    table = torch.cat([project(x[some], weight_ih, bias) for some in words.split(BLOCK)])
+    table = torch.cat(
+        [project(x.index_select(0, some), weight_ih, bias) for some in words.split(BLOCK)]
+    )
     weight = recurrent_weight(weight_hh)
     N, H = lengths.shape[0], weight_hh.shape[1]
     # the packed rows come first; the rest is never touched, so it costs address space only
@@ -208,7 +229,7 @@ def backward(
     H = h.shape[1]
     weight = _scaled(weight_hh.to(h.dtype), BACKWARD)
     weights = _packed_mask(mask, plan, h.dtype)
-    dv = dv.to(h.dtype)[plan.order]
+    dv = dv.to(h.dtype).index_select(0, plan.order)
     # without a mask a row of dh holds dv until the steps, coming from behind, reach its last one
     grads = States(
         h=dv.clone() if mask is None else torch.zeros_like(dv),
@@ -227,7 +248,7 @@ def backward(
 
     dweight_ih = gates.new_zeros(x.shape[1], 4 * H)
     for some, part in zip(words.split(BLOCK), dtable.split(BLOCK), strict=True):
-        dweight_ih.addmm_(x[some].to(h.dtype).T, part)
+        dweight_ih.addmm_(x.index_select(0, some).to(h.dtype).T, part)
     dx = h.new_zeros(x.shape if need_dx else 0)
     if need_dx:
         dx[words] = dtable @ _scaled(weight_ih.to(h.dtype), BACKWARD)
@@ -365,13 +386,19 @@ def _empty(rows: int, columns: int, like: Tensor) -> Tensor:
 
 def _scaled(gates: Tensor, factors: tuple[float, ...]) -> Tensor:
     """Multiply the rows of i, f, g, o of a weight or bias by a factor each."""
-    factor = gates.new_tensor(factors).unsqueeze(1)
-    return (gates.reshape(4, -1) * factor).view(gates.shape)
+    return (gates.reshape(4, -1) * _column(factors, gates.dtype, gates.device)).view(gates.shape)
+
+
+@functools.cache
+def _column(factors: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return constants as a column, made once: a step is too short to make them each time."""
+    with torch.inference_mode(False):
+        return torch.tensor(factors, dtype=dtype, device=device).unsqueeze(1)
 
 
 def _packed_mask(mask: Tensor | None, plan: Schedule, dtype: torch.dtype) -> Tensor | None:
     """Return the mask's weights of the packed tokens, [M, 1]."""
-    return None if mask is None else mask.reshape(-1, 1)[plan.tokens].to(dtype)
+    return None if mask is None else mask.reshape(-1, 1).index_select(0, plan.tokens).to(dtype)
 
 
 def _distinct(ids: Tensor | None, plan: Schedule, R: int) -> tuple[Tensor, Tensor | None]:
@@ -381,10 +408,10 @@ def _distinct(ids: Tensor | None, plan: Schedule, R: int) -> tuple[Tensor, Tenso
     """
     if ids is None:
         return plan.tokens, None
-    token_ids = ids.reshape(-1)[plan.tokens]
+    token_ids = ids.reshape(-1).index_select(0, plan.tokens)
     seen = torch.zeros(R, dtype=torch.bool, device=ids.device)
     seen[token_ids] = True
     words = seen.nonzero().squeeze(1)
     place = torch.empty(R, dtype=torch.long, device=ids.device)
     place[words] = torch.arange(words.shape[0], device=ids.device)
-    return words, place[token_ids]
+    return words, place.index_select(0, token_ids)
