@@ -139,7 +139,7 @@ def time_epochs(config: Config, inputs: Inputs) -> None:
     print(
         f"seconds an epoch of {len(pairs)} pairs, median of {TIMED_EPOCHS} (fastest, slowest), and "
         f"the median of its ratios to fastsiam's in the same round; torch {torch.__version__}, "
-        f"{device}, {torch.get_num_threads()} threads"
+        f"{device}, threads: {torch.get_num_threads()}"
     )
     for name, seconds in times.items():
         ratios = [
@@ -197,7 +197,9 @@ def main() -> None:
         f"{inputs.coverage.token_share:.1%} of the tokens have a vector\n"
     )
     score_seeds(config, options.seeds)
-    time_epochs(config, inputs)
+    for threads in dict.fromkeys((1, torch.get_num_threads())):
+        torch.set_num_threads(threads)
+        time_epochs(config, inputs)
 
 
 if __name__ == "__main__":
