@@ -85,7 +85,9 @@ def backward_tile(H: int, dtype: torch.dtype, precision: str, target: str) -> Ti
     """Return the tile of the backward kernel; arguments as for `forward_tile`."""
     block = block_h(H)
     # the accumulator has one row a unit, so a warp holds 16 units: 2, 4 or 8 warps cover the block
-    streams = _streams(block, dtype, precision, target, parts=2)
+    # its two halves pass through shared memory one after the other; float16 as words twice the size
+    parts = 1 if dtype == torch.float16 else 2
+    streams = _streams(block, dtype, precision, target, parts)
     return Tile(block, _sequences(target), block // 16, streams)
 
 

@@ -84,6 +84,7 @@ _QUICK = {
     *itertools.product(PLAIN, ("sm_90",), ("bfloat16",), (32, 128)),
     *itertools.product(PLAIN, TARGETS, ("bfloat16",), (128,)),
     *itertools.product(PLAIN[1:], TARGETS, ("tf32",), (64,)),
+    *itertools.product(PLAIN[1:], ("sm_86", "sm_120"), ("float16",), (128,)),
     ("siamese_fwd_train", "sm_86", "float32", 128),
     ("siamese_bwd", "sm_90", "tf32", 128),
     ("siamese_bwd", "gfx942", "float32", 64),
