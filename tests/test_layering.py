@@ -34,6 +34,7 @@ ORDER = [
     ("model",),
     ("",),  # fastsiam/__init__.py: its names are those of the lines so far
     ("training.config",),
+    ("training.objective",),
     ("training.data",),
     ("training.start",),
     ("training.evaluate",),
