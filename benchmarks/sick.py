@@ -155,7 +155,7 @@ def time_epochs(config: Config, inputs: Inputs) -> None:
 def check_agreement(contenders: dict[str, nn.Module], pairs: EncodedPairs, config: Config) -> None:
     """Stop unless every contender has fastsiam's loss on the first batch."""
     device = next(contenders["fastsiam"].parameters()).device
-    inputs, target = pairs.batch(epoch_batches(pairs, config, 0)[0], device)
+    inputs, target, _ = pairs.batch(epoch_batches(pairs, config, 0)[0], device)
     with torch.no_grad():
         losses = {name: F.mse_loss(m(*inputs), target) for name, m in contenders.items()}
     for name, loss in losses.items():

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import re
 import textwrap
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 
@@ -14,7 +14,18 @@ from fastsiam.text.files import DataError, check_file, short
 from fastsiam.text.legacy import pickle_rows
 from fastsiam.text.tables import find_columns, read_table
 
-__all__ = ["DataError", "Pairs", "drop_repeats", "is_range", "read_pairs"]
+__all__ = [
+    "DataError",
+    "Pairs",
+    "drop_repeats",
+    "is_range",
+    "join_pairs",
+    "read_pairs",
+    "rows_outside",
+]
+
+ENTAILMENT_COLUMN = "entailment_judgment"  # of SICK
+ENTAILMENTS = ("CONTRADICTION", "NEUTRAL", "ENTAILMENT")
 
 # headers that need no columns=: the two sentences, the score, and the range that its makers state
 KNOWN_HEADERS: dict[tuple[str, str, str], tuple[float, float]] = {
@@ -33,12 +44,15 @@ class Pairs:
         right: second sentence of each pair.
         score: relatedness as written in the file, within `score_range`.
         score_range: lowest and highest score of the scale.
+        entailment: label of each pair, a place in `ENTAILMENTS`, -1 where it has none of these;
+            empty: the file has no labels.
     """
 
     left: list[str]
     right: list[str]
     score: list[float]
     score_range: tuple[float, float]
+    entailment: list[int] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.score)
@@ -48,6 +62,17 @@ class Pairs:
         """The scores mapped to 0..1: what a model's similarity is regressed on."""
         low, high = self.score_range
         return [(score - low) / (high - low) for score in self.score]
+
+    def take(self, rows: Iterable[int]) -> Pairs:
+        """Return the pairs of some rows, in the order given."""
+        rows = list(rows)
+        return Pairs(
+            [self.left[row] for row in rows],
+            [self.right[row] for row in rows],
+            [self.score[row] for row in rows],
+            self.score_range,
+            [self.entailment[row] for row in rows] if self.entailment else [],
+        )
 
 
 def read_pairs(
@@ -61,6 +86,8 @@ def read_pairs(
     Tab-separated text is taken as it is (a quotation mark is a character), comma-separated text is
     quoted CSV; both have a header line. JSON lines are objects with the columns as keys. A pickle
     holds a list of `[sentence, sentence, score, ...]` and is read without running anything in it.
+    Entailment labels are read where there are any: from SICK's column `entailment_judgment`, or
+    behind the score in a pickle.
 
     Args:
         path: the file, UTF-8.
@@ -96,15 +123,19 @@ def read_pairs(
         names, limits = _choose_columns(path, header, columns)
         if twice := next((name for name in names if header.count(name) > 1), None):
             raise DataError(f"{path}: the header names the column {twice!r} more than once")
-        rows = ((where, [row[name] for name in names]) for where, row in table)
+        label = find_columns(header, [ENTAILMENT_COLUMN])[0] or ""
+        rows = ((where, [*(row[name] for name in names), row.get(label)]) for where, row in table)
     low, high = score_range or limits
     pairs = Pairs([], [], [], (float(low), float(high)))
-    for where, (left, right, score) in rows:
+    for where, (left, right, score, *label_of_row) in rows:
         pairs.left.append(_sentence(where, left))
         pairs.right.append(_sentence(where, right))
         pairs.score.append(_score(where, score, pairs.score_range))
+        pairs.entailment.append(_entailment(*label_of_row))
     if not pairs.score:
         raise DataError(f"{path}: no sentence pair in the file")
+    if max(pairs.entailment) < 0:
+        pairs.entailment.clear()
     return pairs
 
 
@@ -113,11 +144,24 @@ def is_range(low: float, high: float) -> bool:
     return low < high and math.isfinite(high - low)
 
 
-def drop_repeats(train: Pairs, held_out: Pairs) -> tuple[Pairs, int]:
-    """Leave out the training pairs that the held-out part holds too.
+def rows_outside(train: Pairs, *held_out: Pairs) -> list[int]:
+    """Return the rows of `train` whose pair is in none of the held-out parts, in order.
 
     Two pairs are the same when their sentences, in either order, are equal after lower-casing and
     removing punctuation.
+    """
+    held = {
+        _pair_key(*pair) for part in held_out for pair in zip(part.left, part.right, strict=True)
+    }
+    return [
+        row
+        for row, pair in enumerate(zip(train.left, train.right, strict=True))
+        if _pair_key(*pair) not in held
+    ]
+
+
+def drop_repeats(train: Pairs, held_out: Pairs) -> tuple[Pairs, int]:
+    """Leave out the training pairs that the held-out part holds too, as `rows_outside` tells them.
 
     Args:
         train: pairs to filter.
@@ -126,19 +170,25 @@ def drop_repeats(train: Pairs, held_out: Pairs) -> tuple[Pairs, int]:
     Returns:
         The pairs of `train` that are not in `held_out`, in order, and how many were dropped.
     """
-    held = {_pair_key(*pair) for pair in zip(held_out.left, held_out.right, strict=True)}
-    keep = [
-        index
-        for index, pair in enumerate(zip(train.left, train.right, strict=True))
-        if _pair_key(*pair) not in held
-    ]
-    kept = Pairs(
-        [train.left[index] for index in keep],
-        [train.right[index] for index in keep],
-        [train.score[index] for index in keep],
-        train.score_range,
-    )
+    kept = train.take(rows_outside(train, held_out))
     return kept, len(train) - len(kept)
+
+
+def join_pairs(first: Pairs, second: Pairs) -> Pairs:
+    """Return the pairs of both, with the scores of the second on the scale of the first."""
+    low, high = first.score_range
+    entailment = []
+    if first.entailment or second.entailment:
+        entailment = [
+            label for part in (first, second) for label in part.entailment or [-1] * len(part)
+        ]
+    return Pairs(
+        first.left + second.left,
+        first.right + second.right,
+        first.score + [low + (high - low) * value for value in second.similarity],
+        first.score_range,
+        entailment,
+    )
 
 
 def _pair_key(left: str, right: str) -> tuple[str, ...]:
@@ -191,3 +241,9 @@ def _score(where: str, value: object, limits: tuple[float, float]) -> float:
     if not low <= score <= high:  # also refuses NaN
         raise DataError(f"{where}: the score must be from {low:g} to {high:g}, got {short(value)}")
     return score
+
+
+def _entailment(value: object = None) -> int:
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "replace")
+    return ENTAILMENTS.index(value) if value in ENTAILMENTS else -1

@@ -28,8 +28,8 @@ def pickle_rows(path: Path, data: bytes) -> Iterator[tuple[str, list[Any]]]:
         data: its bytes.
 
     Yields:
-        Where a row stands, "FILE, row N" counted from 0, and its first three entries; text that
-        Python 2 wrote is bytes.
+        Where a row stands, "FILE, row N" counted from 0, and its first three entries or, where
+        there are more, four; text that Python 2 wrote is bytes.
 
     Raises:
         DataError: the pickle is damaged, is no such list, or asks to import something.
@@ -47,4 +47,4 @@ def pickle_rows(path: Path, data: bytes) -> Iterator[tuple[str, list[Any]]]:
         where = f"{path}, row {number}"
         if not isinstance(row, (list, tuple)) or len(row) < 3:
             raise DataError(f"{where}: must be [sentence, sentence, score, ...], got {short(row)}")
-        yield where, list(row[:3])
+        yield where, list(row[:4])

@@ -65,6 +65,8 @@ def load_vectors(
     oov: Literal["zero", "random"] = "zero",
     seed: int = 0,
     limit: int | None = None,
+    length: float | None = None,
+    uncounted: Iterable[str] = (),
 ) -> WordVectors:
     """Load the vectors of the given words; several files join side by side.
 
@@ -81,6 +83,9 @@ def load_vectors(
             "random" draws a normal vector of the file's typical length from `seed` and the word.
         seed: of the random vectors.
         limit: reads only the first `limit` vectors of each file, at least 1; None reads all.
+        length: mean length that the vectors found in each file are brought to, by one factor a
+            file, so that files that are joined weigh alike; None: they stay as they are.
+        uncounted: more words to look up, which the coverage leaves out.
 
     Returns:
         The words, their table and the coverage.
@@ -89,7 +94,8 @@ def load_vectors(
         DataError: a file is no vector file, is damaged, or holds none of the words; or there are no
             words.
         ImportError: gensim is not installed.
-        ValueError: `oov` is unknown, `paths` is empty, or `limit` is below 1.
+        ValueError: `oov` is unknown, `paths` is empty, `limit` is below 1, or `length` is not
+            positive.
     """
     if oov not in ("zero", "random"):
         raise ValueError(f"load_vectors: oov must be 'zero' or 'random', got {oov!r}")
@@ -97,10 +103,12 @@ def load_vectors(
         raise ValueError(f"load_vectors: paths must be a list of files, got {paths!r}")
     if limit is not None and limit < 1:
         raise ValueError(f"load_vectors: limit must be at least 1, got {limit}")
+    if length is not None and not (length > 0 and math.isfinite(length)):
+        raise ValueError(f"load_vectors: length must be positive and finite, got {length}")
     counts = Counter(words)
     if not counts:
         raise DataError("load_vectors: there is no word to look up: every sentence is empty")
-    forms = {word: _forms(word, spelling or {}) for word in sorted(counts)}
+    forms = {word: _forms(word, spelling or {}) for word in sorted({*counts, *uncounted})}
     wanted = {form for by_rule in forms.values() for form in by_rule.values()}
 
     rules: dict[str, str] = {}
@@ -128,6 +136,13 @@ def load_vectors(
             columns *= file.norm / math.sqrt(file.dim)
             if word in found:
                 columns.copy_(found[word])
+            start += file.dim
+    if length is not None:
+        start = 0
+        for file, found in parts:
+            counted = [found[word].norm() for word in counts if word in found]
+            mean = torch.stack(counted or [torch.tensor(file.norm)]).mean()
+            table[:, start : start + file.dim] *= length / mean.clamp_min(1e-12)
             start += file.dim
     return WordVectors([UNKNOWN, *rows], table, _coverage(counts, rules))
 

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from fastsiam.model import cut
-from fastsiam.text.datasets import DataError, Pairs, drop_repeats, read_pairs
+from fastsiam.text.datasets import DataError, Pairs, join_pairs, read_pairs, rows_outside
+from fastsiam.text.synonyms import close_synonyms, load_synonyms, swap_words
 from fastsiam.text.tokens import tokenize
-from fastsiam.text.vectors import Coverage, load_vectors
+from fastsiam.text.vectors import Coverage, WordVectors, load_vectors
 from fastsiam.text.vocabulary import Encoded, Vocabulary, load_spelling
 from fastsiam.training.config import Config
+from fastsiam.training.objective import Batch
+
+FOLD_SEED = 0  # the parts are the same for every model of an ensemble
 
 
 @dataclass(frozen=True)
@@ -25,11 +30,16 @@ class EncodedPairs:
         left: first sentences.
         right: second sentences.
         similarity: [n] float32, gold, 0..1.
+        labels: [n] int64, entailment 0..2, -1 for none; None where no pair has one.
+        origin: [n] int64, the row of the pair that a pair was made from by swapping words, its own
+            row for any other; None: every pair is one of a file.
     """
 
     left: Encoded
     right: Encoded
     similarity: Tensor
+    labels: Tensor | None = None
+    origin: Tensor | None = None
 
     @classmethod
     def of(cls, pairs: Pairs, vocabulary: Vocabulary, max_len: int) -> EncodedPairs:
@@ -38,17 +48,43 @@ class EncodedPairs:
             vocabulary.encode(pairs.left, max_len),
             vocabulary.encode(pairs.right, max_len),
             torch.tensor(pairs.similarity),
+            torch.tensor(pairs.entailment) if pairs.entailment else None,
         )
 
     def __len__(self) -> int:
         return len(self.similarity)
 
-    def batch(self, rows: Tensor, device: torch.device) -> tuple[list[Tensor], Tensor]:
-        """Return what a Siamese module takes (ids, ids, lengths, lengths), and the target."""
+    def take(self, rows: Tensor) -> EncodedPairs:
+        """Return the pairs of some rows; what was cut or unknown is not counted again."""
+        return EncodedPairs(
+            Encoded(self.left.ids[rows], self.left.lengths[rows], 0, Counter()),
+            Encoded(self.right.ids[rows], self.right.lengths[rows], 0, Counter()),
+            self.similarity[rows],
+            None if self.labels is None else self.labels[rows],
+        )
+
+    def split(self, folds: int, fold: int) -> tuple[EncodedPairs, EncodedPairs]:
+        """Return the pairs outside and inside one of the parts that the pairs are dealt into.
+
+        A pair with swapped words goes where the pair goes that it was made from, and is in no
+        part: only pairs of a file are.
+        """
+        origin = torch.arange(len(self)) if self.origin is None else self.origin
+        generator = torch.Generator().manual_seed(FOLD_SEED)
+        part = torch.randperm(len(self), generator=generator) % folds
+        inside = part[origin] == fold
+        own = origin == torch.arange(len(self))
+        return self.take(torch.nonzero(~inside)[:, 0]), self.take(torch.nonzero(inside & own)[:, 0])
+
+    def batch(self, rows: Tensor, device: torch.device) -> Batch:
+        """Return some pairs on the device, no wider than the longest of them."""
         left_ids, left_lengths = cut(self.left, rows, device)
         right_ids, right_lengths = cut(self.right, rows, device)
-        inputs = [left_ids, right_ids, left_lengths, right_lengths]
-        return inputs, self.similarity[rows].to(device)
+        return Batch(
+            [left_ids, right_ids, left_lengths, right_lengths],
+            self.similarity[rows].to(device),
+            None if self.labels is None else self.labels[rows].to(device),
+        )
 
 
 @dataclass(frozen=True)
@@ -61,6 +97,7 @@ class Inputs:
         test: pairs as in the test file, if any.
         score_range: scale of the dev file's scores.
         dropped: phase -> training pairs left out because dev or test holds them too.
+        swapped: pairs of "train" that were made by swapping words for synonyms.
         truncated: sentences of all files that lost their end to `max_len`.
         vocabulary: the words with a vector.
         table: [V, D] float32.
@@ -72,6 +109,7 @@ class Inputs:
     test: Pairs | None
     score_range: tuple[float, float]
     dropped: dict[str, int]
+    swapped: int
     truncated: int
     vocabulary: Vocabulary
     table: Tensor
@@ -81,10 +119,12 @@ class Inputs:
 def load_inputs(config: Config) -> Inputs:
     """Read the pairs and the vectors of a run.
 
-    Training pairs that repeat a dev or test pair are left out and counted.
+    Training pairs that repeat a dev or test pair are left out and counted, those that come of
+    swapped words too. Where dev is trained on, its own repeats of test pairs are left out.
 
     Raises:
-        DataError: a file cannot be used, no training pair is left, or dev cannot rank epochs.
+        DataError: a file cannot be used, no training pair is left, no pair has the entailment label
+            that is to be learned, or dev cannot rank epochs.
     """
     dev = _read(config, config.dev)
     if len(set(dev.score)) < 2:
@@ -93,45 +133,79 @@ def load_inputs(config: Config) -> Inputs:
             f"epoch; all {len(dev)} are {dev.score[0]:g}"
         )
     test = None if config.test is None else _read(config, config.test)
-    held_out = [dev] if test is None else [dev, test]
+    held_out = [part for part in (dev, test) if part is not None]
+    kept_from = held_out[1:] if config.train_on_dev else held_out
     phases: dict[str, Pairs] = {}
     dropped: dict[str, int] = {}
     for phase, path in {"pretrain": config.pretrain, "train": config.train}.items():
         if path is None:
             continue
         pairs = _read(config, path)
-        total = len(pairs)
-        for part in held_out:
-            pairs, _ = drop_repeats(pairs, part)
-        if not len(pairs):
-            raise DataError(f"{path}: each of its {total} pairs is in the dev or the test file too")
-        phases[phase] = pairs
-        dropped[phase] = total - len(pairs)
+        phases[phase] = pairs.take(rows_outside(pairs, *kept_from))
+        dropped[phase] = len(pairs) - len(phases[phase])
+        if not len(phases[phase]):
+            raise DataError(
+                f"{path}: each of its {len(pairs)} pairs is in the dev or the test file too"
+            )
+    if config.train_on_dev:
+        usable = dev.take(rows_outside(dev, *kept_from))
+        dropped["dev"] = len(dev) - len(usable)
+        phases["train"] = join_pairs(phases["train"], usable)
+    if config.entailment_weight and not phases["train"].entailment:
+        raise DataError(
+            f"{config.train}: no pair has an entailment label (SICK's column "
+            "entailment_judgment) to learn; set entailment_weight to 0"
+        )
 
-    words: Counter[str] = Counter()
-    for pairs in (*phases.values(), *held_out):
-        for sentence in (*pairs.left, *pairs.right):
-            words.update(tokenize(sentence))
-    spelling = None if config.spelling is None else load_spelling(config.spelling)
-    vectors = load_vectors(
-        config.vectors, words, spelling=spelling, oov=config.oov, seed=config.seed
-    )
-    vocabulary = Vocabulary(vectors.words, spelling)
+    synonyms = {} if config.synonyms is None else load_synonyms(config.synonyms)
     parts = {**phases, "dev": dev} | ({} if test is None else {"test": test})
+    vocabulary, vectors = _load_vectors(config, parts, synonyms)
+    origin = list(range(len(phases["train"])))
+    if synonyms:
+        close = close_synonyms(synonyms, vocabulary, vectors.table)
+        generator = torch.Generator().manual_seed(config.seed)
+        swapped, rows = swap_words(phases["train"], close, generator)
+        keep = rows_outside(swapped, *kept_from)
+        origin += [rows[row] for row in keep]
+        parts["train"] = join_pairs(phases["train"], swapped.take(keep))
     encoded = {
         name: EncodedPairs.of(pairs, vocabulary, config.max_len) for name, pairs in parts.items()
     }
+    encoded["train"] = replace(encoded["train"], origin=torch.tensor(origin))
     return Inputs(
         phases={phase: encoded[phase] for phase in phases},
         dev=encoded["dev"],
         test=test,
         score_range=dev.score_range,
         dropped=dropped,
+        swapped=len(encoded["train"]) - len(phases["train"]),
         truncated=sum(p.left.truncated + p.right.truncated for p in encoded.values()),
         vocabulary=vocabulary,
         table=vectors.table,
         coverage=vectors.coverage,
     )
+
+
+def _load_vectors(
+    config: Config, parts: Mapping[str, Pairs], synonyms: Mapping[str, Sequence[str]]
+) -> tuple[Vocabulary, WordVectors]:
+    """Load the vectors of the words of every part, and of the synonyms of those in "train"."""
+    counts: dict[str, Counter[str]] = {name: Counter() for name in parts}
+    for name, pairs in parts.items():
+        for sentence in (*pairs.left, *pairs.right):
+            counts[name].update(tokenize(sentence))
+    forms = {form for word in counts["train"] for form in (word, word.lower())}
+    spelling = None if config.spelling is None else load_spelling(config.spelling)
+    vectors = load_vectors(
+        config.vectors,
+        sum(counts.values(), Counter()),
+        spelling=spelling,
+        oov=config.oov,
+        seed=config.seed,
+        length=config.vector_length,
+        uncounted=[other for word in forms for other in synonyms.get(word, ())],
+    )
+    return Vocabulary(vectors.words, spelling), vectors
 
 
 def _read(config: Config, path: Path) -> Pairs:

@@ -146,7 +146,7 @@ class _Run:
         self.config, self.inputs, self.model = config, inputs, model
         self.folder, self.watcher = folder, watcher
         self.generator = torch.Generator().manual_seed(config.seed)
-        initialize(model.lstm, config.forget_bias, self.generator)
+        initialize(model.lstm, config.forget_bias, self.generator, config.start)
         self.records: list[EpochRecord] = []
         self.best: EpochRecord | None = None
         self.best_weights = _copy(model.lstm)
@@ -242,7 +242,7 @@ def run_epoch(
     loss_sum, norm_sum = torch.zeros(2, dtype=torch.float64, device=device)
     seen = steps = 0
     for rows in batches:
-        inputs, target = pairs.batch(rows, device)
+        inputs, target, _ = pairs.batch(rows, device)
         similarity = module(*inputs)
         loss = F.mse_loss(similarity, target.to(similarity.dtype))
         optimizer.zero_grad()
