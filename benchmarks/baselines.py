@@ -110,7 +110,7 @@ class OursCold(Ours):
 
     def forward(self, batch: Batch) -> Tensor:
         model = self.model
-        return functional.siamese_lstm(
+        return functional.siamese_similarity(
             batch.left,
             batch.right,
             functional.Weights(

@@ -4,7 +4,7 @@ Importing it loads torch alone; triton, gensim, nltk and scipy are loaded by wha
 """
 
 from fastsiam.model import TextSiamese
-from fastsiam.modules import SiameseLSTM
+from fastsiam.modules import SiameseGRU, SiameseLSTM
 
 __version__ = "0.1.0"
-__all__ = ["SiameseLSTM", "TextSiamese"]
+__all__ = ["SiameseGRU", "SiameseLSTM", "TextSiamese"]

@@ -6,26 +6,27 @@ last state without being touched. The tokens lie in "packed" rows, group after g
 in each, and are worked on in blocks of a few steps: what a block needs fits a core's own cache, and
 the next one uses the same memory, which is dear when it comes fresh from the system. Every distinct
 word of the batch is projected once, and the backward takes its local derivatives and its weight
-gradients a block at a time. docs/kernels.md derives the backward.
+gradients a block at a time.
 
-A sigmoid costs a third of a tanh here, so tanh(x) is 2 * sigmoid(2x) - 1 throughout. Inside this
-file, and nowhere else, three things are therefore scaled, by powers of two and so without rounding:
-
-    gates   i, f, (tanh g) / 2, o; before the sigmoid g is doubled, by its rows of the weights
-    c       twice the cell state:    c = f * c + 4 * i * g
-    h       half the hidden state:   h = o * (sigmoid(c) - 1/2)
+A layer has P directions, one or two, that run one after the other. Direction 1 reads a sequence
+from its last valid token to its first; "own time" counts a direction's steps from where it begins.
+What a step computes is the cell's business: `batched_lstm`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import mmap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from fastsiam import batched_lstm
+
+CELLS: dict[str, ModuleType] = {"lstm": batched_lstm}
 
 # sequences in a group, and packed rows that a block has at least where its group has as many
 GROUP = 1024
@@ -37,17 +38,12 @@ SMALL = 128
 # bytes from which the GNU C library takes memory from the system whatever was free before
 HUGE = 32 * 2**20
 
-# factors on the rows of i, f, g, o: of the weights that make gates, which double g, and of all that
-# is multiplied with the gates' gradients, which `_block_backward` leaves without any factor
-FORWARD = (1.0, 1.0, 2.0, 1.0)
-BACKWARD = (8.0, 2.0, 16.0, 2.0)
-
 
 class Block(NamedTuple):
     """Consecutive steps of one group."""
 
-    start: int  # the group's first sequence, in the schedule's order
-    first: bool  # whether the sequences begin here
+    group: slice  # its sequences, in the schedule's order
+    step: int  # the first one, in own time
     sizes: list[int]  # rows alive at each step
     rows: slice  # packed rows
 
@@ -56,39 +52,19 @@ class Schedule(NamedTuple):
     """Which rows run at which step."""
 
     order: Tensor  # [N] sequences, longest first
-    tokens: Tensor  # [M] flat positions n * T + t of the valid tokens, as they are packed
+    tokens: list[Tensor]  # P times [M]: flat positions n * T + t of the valid tokens, as packed
     blocks: list[Block]
 
 
-class States(NamedTuple):
-    """What the sequences carry from step to step, [N, H] each, in the schedule's order."""
+class Saved(NamedTuple):
+    """What `forward` keeps for `backward`: rows of packed tokens, of which the rest is not used."""
 
-    h: Tensor
-    c: Tensor
-    pooled: Tensor | None  # the masked sum of h, where there is a mask
-
-
-def schedule(lengths: Tensor, steps: int) -> Schedule:
-    """Order the sequences of `lengths`, [N], each padded to `steps`."""
-    longest_first, order = torch.sort(lengths.long(), descending=True, stable=True)
-    tokens: list[Tensor] = []
-    blocks: list[Block] = []
-    start = row = 0
-    for some, sequences in zip(longest_first.split(GROUP), order.split(GROUP), strict=True):
-        finished = torch.bincount(some, minlength=1).cumsum(0)[:-1]
-        time = torch.arange(finished.shape[0], device=lengths.device).unsqueeze(1)
-        tokens.append((sequences * steps + time)[time < some])
-        left = (some.shape[0] - finished).tolist()
-        first = True
-        while left:
-            taken = count = 0
-            while taken < len(left) and count < BLOCK:
-                count += left[taken]
-                taken += 1
-            blocks.append(Block(start, first, left[:taken], slice(row, row + count)))
-            left, first, row = left[taken:], False, row + count
-        start += some.shape[0]
-    return Schedule(order, torch.cat(tokens), blocks)
+    gates: Tensor  # [P, N * T, 4H]
+    cells: Tensor  # [P, N * T, H] the cell state before each token; empty for a cell without one
+    states: Tensor  # [P, N * T, H] the hidden state before each token
+    peaks: (
+        Tensor  # [N, P * H] int32, step in own time of each unit's maximum; empty unless pooled so
+    )
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -96,34 +72,45 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-@contextlib.contextmanager
-def threads(lengths: Tensor) -> Iterator[None]:
-    """Run a small batch on one thread: its operations are over before a second one wakes up."""
-    before = torch.get_num_threads()
-    if lengths.shape[0] > SMALL or before == 1:
-        yield
-        return
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def schedule(lengths: Tensor, steps: int, P: int) -> Schedule:
+    """Order the sequences of `lengths`, [N], each padded to `steps`, for P directions."""
+    longest_first, order = torch.sort(lengths.long(), descending=True, stable=True)
+    tokens: list[list[Tensor]] = [[] for _ in range(P)]
+    blocks: list[Block] = []
+    start = row = 0
+    for some, sequences in zip(longest_first.split(GROUP), order.split(GROUP), strict=True):
+        finished = torch.bincount(some, minlength=1).cumsum(0)[:-1]
+        time = torch.arange(finished.shape[0], device=lengths.device).unsqueeze(1)
+        valid, first = time < some, sequences * steps
+        tokens[0].append((first + time)[valid])
+        if P == 2:
+            tokens[1].append((first + some - 1 - time)[valid])
+        group = slice(start, start + some.shape[0])
+        left = (some.shape[0] - finished).tolist()
+        step = 0
+        while left:
+            taken = count = 0
+            while taken < len(left) and count < BLOCK:
+                count += left[taken]
+                taken += 1
+            blocks.append(Block(group, step, left[:taken], slice(row, row + count)))
+            left, step, row = left[taken:], step + taken, row + count
+        start = group.stop
+    return Schedule(order, [torch.cat(each) for each in tokens], blocks)
 
 
-def project(x: Tensor, weight_ih: Tensor, bias: Tensor | None) -> Tensor:
-    """Return the input gates of the rows of x, [R, D], as [R, 4H] with g doubled."""
-    x = x.to(compute_dtype(x.dtype))
-    weight = _scaled(weight_ih.to(x.dtype), FORWARD)
-    if bias is None:
-        return x @ weight.T
-    return torch.addmm(_scaled(bias.to(x.dtype), FORWARD), x, weight.T)
+def prepare(
+    x: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor | None, cell: str
+) -> tuple[Tensor, Tensor]:
+    """Project the rows of x, [R, D], and lay the recurrent weights out for `infer`.
 
-
-def recurrent_weight(weight_hh: Tensor) -> Tensor:
-    """Return weight_hh, [4H, H], as the [H, 4H] right-hand side of a step's product."""
-    weight = weight_hh.to(compute_dtype(weight_hh.dtype))
-    # doubled, because h is half the hidden state
-    return (_scaled(weight, FORWARD) * 2).T.contiguous()
+    Returns:
+        [P, R, 4H] and [P, H, 4H].
+    """
+    how, dtype = CELLS[cell], compute_dtype(x.dtype)
+    tables = [_project(how, x, weight_ih[p], _of(bias, p)) for p in range(weight_ih.shape[0])]
+    weights = [how.recurrent_weight(weight.to(dtype)) for weight in weight_hh]
+    return _stack(tables), _stack(weights)
 
 
 def infer(
@@ -133,28 +120,40 @@ def infer(
     lengths: Tensor,
     mask: Tensor | None,
     steps: int,
-) -> Tensor:
-    """Run the recurrence over projected rows and keep nothing but the sentence vectors.
+    pooling: str,
+    keep_outputs: bool,
+    cell: str,
+) -> tuple[Tensor, Tensor]:
+    """Run a layer over projected rows and keep nothing that only a backward needs.
 
     Args:
-        table: [R, 4H] from `project`.
-        weight: [H, 4H] from `recurrent_weight`.
+        table, weight: [P, R, 4H] and [P, H, 4H] from `prepare`.
         ids: [N, T] rows of the table, or None where row n * T + t is the token's own.
         lengths: [N].
-        mask: [N, T] or None.
+        mask: [N, T] for pooling "mask", else None.
         steps: T.
+        pooling: "last", "max" or "mask".
+        keep_outputs: whether all hidden states are wanted.
+        cell: a key of CELLS.
 
     Returns:
-        [N, H].
+        Vectors [N, P * H]; hidden states [N, T, P * H], zero behind a sequence's end, or empty.
     """
-    plan = schedule(lengths, steps)
-    rows = plan.tokens if ids is None else ids.reshape(-1).index_select(0, plan.tokens)
-    weights = _packed_mask(mask, plan, table.dtype)
-    states = _start(table, lengths.shape[0], weight.shape[0], mask)
-    for block in plan.blocks:
-        gates = torch.index_select(table, 0, rows[block.rows])
-        _block_forward(block, gates, weight, weights, states)
-    return _vectors(states, plan)
+    how = CELLS[cell]
+    N, P, H = lengths.shape[0], *weight.shape[:2]
+    with _threads(N):
+        plan = schedule(lengths, steps, P)
+        pool = _Pool(table, N, P * H, steps, pooling, mask, plan, keep_outputs, peaks=False)
+        for p, tokens in enumerate(plan.tokens):
+            rows = tokens if ids is None else ids.reshape(-1).index_select(0, tokens)
+            states = _zeros(table, N, H, how.STATES)
+            pool.start(p, H)
+            for block in plan.blocks:
+                gates = torch.index_select(table[p], 0, rows[block.rows])
+                visit = pool.visitor(block)
+                _forward(how, block, gates, weight[p], states, None, visit)
+            pool.finish(states[0], how.UNIT)
+    return pool.vectors, pool.outputs
 
 
 def forward(
@@ -166,249 +165,318 @@ def forward(
     weight_hh: Tensor,
     bias: Tensor | None,
     steps: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Run the recurrence and keep what `backward` needs.
+    pooling: str,
+    keep_outputs: bool,
+    cell: str,
+    keep: bool = True,
+) -> tuple[Tensor, Tensor, Saved]:
+    """Run a layer from its inputs, and keep what `backward` needs.
 
     Args:
         x: [R, D] rows: a table that ids point into, or one row a token.
-        ids, lengths, mask, steps: as in `infer`.
-        weight_ih, weight_hh, bias: [4H, D], [4H, H], [4H] or None, PyTorch's order.
+        ids, lengths, mask, steps, pooling, keep_outputs, cell: as in `infer`.
+        weight_ih, weight_hh, bias: [P, 4H, D], [P, 4H, H], [P, 4H] or None, PyTorch's order.
+        keep: whether there will be a backward.
 
     Returns:
-        Sentence vectors [N, H]; then of the packed tokens, in the first sum(lengths) of N * T rows,
-        their gates [N * T, 4H] and the states before them: c and h, [N * T, H] each.
+        Vectors and hidden states as from `infer`, and what is kept.
     """
-    plan = schedule(lengths, steps)
-    words, rows = _distinct(ids, plan, x.shape[0])
-    table = torch.cat(
-        [project(x.index_select(0, some), weight_ih, bias) for some in words.split(BLOCK)]
-    )
-    weight = recurrent_weight(weight_hh)
-    N, H = lengths.shape[0], weight_hh.shape[1]
-    # the packed rows come first; the rest is never touched, so it costs address space only
-    gates, c, h = (_empty(N * steps, columns, table) for columns in (4 * H, H, H))
-    weights = _packed_mask(mask, plan, table.dtype)
-    states = _start(table, N, H, mask)
-    for block in plan.blocks:
-        part = gates[block.rows]
-        if rows is None:
-            part.copy_(table[block.rows])
-        else:
-            torch.index_select(table, 0, rows[block.rows], out=part)
-        before = c[block.rows], h[block.rows]
-        _block_forward(block, part, weight, weights, states, before)
-    return _vectors(states, plan), gates, c, h
+    how = CELLS[cell]
+    N, P, H = lengths.shape[0], weight_hh.shape[0], weight_hh.shape[2]
+    with _threads(N):
+        plan = schedule(lengths, steps, P)
+        like = x.new_empty(0, dtype=compute_dtype(x.dtype))
+        # the packed rows come first; the rest is never touched, so it costs address space only
+        M = N * steps if keep else 0
+        gates = _empty((P, M, 4 * H), like)
+        kept = [_empty((P, M, H), like) for _ in range(how.STATES)]
+        peaks = keep and pooling == "max"
+        pool = _Pool(like, N, P * H, steps, pooling, mask, plan, keep_outputs, peaks)
+        for p, tokens in enumerate(plan.tokens):
+            words, rows = _distinct(ids, tokens, x.shape[0])
+            parts = [
+                _project(how, x.index_select(0, some), weight_ih[p], _of(bias, p))
+                for some in words.split(BLOCK)
+            ]
+            table = parts[0] if len(parts) == 1 else torch.cat(parts)
+            weight = how.recurrent_weight(weight_hh[p].to(like.dtype))
+            states = _zeros(like, N, H, how.STATES)
+            pool.start(p, H)
+            for block in plan.blocks:
+                before = None
+                if keep:
+                    part = gates[p, block.rows]
+                    before = tuple(tensor[p, block.rows] for tensor in kept)
+                else:
+                    part = like.new_empty(block.rows.stop - block.rows.start, 4 * H)
+                if rows is None:
+                    part.copy_(table[block.rows])
+                else:
+                    torch.index_select(table, 0, rows[block.rows], out=part)
+                _forward(how, block, part, weight, states, before, pool.visitor(block))
+            pool.finish(states[0], how.UNIT)
+    cells = kept[1] if how.STATES == 2 else like
+    return pool.vectors, pool.outputs, Saved(gates, cells, kept[0], pool.peaks)
 
 
 def backward(
-    dv: Tensor,
+    dvectors: Tensor | None,
+    doutputs: Tensor | None,
     x: Tensor,
     ids: Tensor | None,
     lengths: Tensor,
     mask: Tensor | None,
     weight_ih: Tensor,
     weight_hh: Tensor,
-    gates: Tensor,
-    c: Tensor,
-    h: Tensor,
+    saved: Saved,
     steps: int,
+    pooling: str,
     need_dx: bool,
+    cell: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Carry dv, [N, H], back through time.
+    """Carry the gradients of the vectors and of the hidden states back through time.
 
     Args:
-        dv: gradient of the sentence vectors.
-        gates, c, h: what `forward` kept.
+        dvectors: [N, P * H] or None.
+        doutputs: [N, T, P * H] or None.
+        saved: what `forward` kept.
         need_dx: whether the gradient of x is wanted.
 
     Returns:
-        dx (like x, or empty), dweight_ih, dweight_hh and dbias in PyTorch's order.
+        dx (like x, or empty), and in PyTorch's order, stacked as they were given: dweight_ih,
+        dweight_hh and dbias.
     """
-    plan = schedule(lengths, steps)
-    words, rows = _distinct(ids, plan, x.shape[0])
-    H = h.shape[1]
-    weight = _scaled(weight_hh.to(h.dtype), BACKWARD)
-    weights = _packed_mask(mask, plan, h.dtype)
-    dv = dv.to(h.dtype).index_select(0, plan.order)
-    # without a mask a row of dh holds dv until the steps, coming from behind, reach its last one
-    grads = States(
-        h=dv.clone() if mask is None else torch.zeros_like(dv),
-        c=torch.zeros_like(dv),
-        pooled=None if mask is None else dv,
-    )
-    dtable = gates.new_zeros(words.shape[0], 4 * H)
-    dweight_hh = gates.new_zeros(H, 4 * H)
-    for block in reversed(plan.blocks):
-        dgates = _block_backward(block, gates[block.rows], c[block.rows], weight, weights, grads)
-        dweight_hh.addmm_(h[block.rows].T, dgates)
-        if rows is None:
-            dtable[block.rows] = dgates
-        else:
-            dtable.index_add_(0, rows[block.rows], dgates)
+    how = CELLS[cell]
+    dtype = saved.gates.dtype
+    N, P, H = lengths.shape[0], weight_hh.shape[0], weight_hh.shape[2]
+    dx = saved.gates.new_zeros(x.shape if need_dx else 0)
+    weights: list[tuple[Tensor, Tensor, Tensor]] = []
+    with _threads(N):
+        plan = schedule(lengths, steps, P)
+        for p, tokens in enumerate(plan.tokens):
+            words, rows = _distinct(ids, tokens, x.shape[0])
+            columns = slice(p * H, (p + 1) * H)
+            dv = None if dvectors is None else dvectors[:, columns].to(dtype)
+            reached = _Reached(dv, doutputs, columns, lengths, mask, saved.peaks, steps, pooling, p)
+            grads = _zeros(saved.gates, N, H, how.STATES)
+            if dv is not None and pooling == "last":
+                # a row of dh holds dv until the steps, coming from behind, reach its last one
+                torch.index_select(dv, 0, plan.order, out=grads[0])
+            weight = how.backward_weight(weight_hh[p].to(dtype))
+            dtable = saved.gates.new_zeros(words.shape[0], 4 * H)
+            h_by_gates = saved.gates.new_zeros(H, 4 * H)
+            for block in reversed(plan.blocks):
+                h = saved.states[p, block.rows]
+                before = (h, saved.cells[p, block.rows]) if how.STATES == 2 else (h,)
+                dgates: Tensor = how.backward(
+                    saved.gates[p, block.rows],
+                    before,
+                    weight,
+                    tuple(grad[block.group] for grad in grads),
+                    block.sizes,
+                    block.step == 0,
+                    reached.rows(tokens[block.rows]),
+                )
+                h_by_gates.addmm_(h.T, dgates)
+                if rows is None:
+                    dtable[block.rows] = dgates
+                else:
+                    dtable.index_add_(0, rows[block.rows], dgates)
+            x_by_gates = saved.gates.new_zeros(x.shape[1], 4 * H)
+            for some, part in zip(words.split(BLOCK), dtable.split(BLOCK), strict=True):
+                x_by_gates.addmm_(x.index_select(0, some).to(dtype).T, part)
+            if need_dx:
+                dx.index_add_(0, words, how.input_gradient(dtable, weight_ih[p].to(dtype)))
+            weights.append(how.weight_gradients(x_by_gates, h_by_gates, dtable.sum(dim=0)))
+    dweight_ih, dweight_hh, dbias = (_stack(list(parts)) for parts in zip(*weights, strict=True))
+    return dx, dweight_ih, dweight_hh, dbias
 
-    dweight_ih = gates.new_zeros(x.shape[1], 4 * H)
-    for some, part in zip(words.split(BLOCK), dtable.split(BLOCK), strict=True):
-        dweight_ih.addmm_(x.index_select(0, some).to(h.dtype).T, part)
-    dx = h.new_zeros(x.shape if need_dx else 0)
-    if need_dx:
-        dx[words] = dtable @ _scaled(weight_ih.to(h.dtype), BACKWARD)
-    return (
-        dx,
-        _scaled(dweight_ih.T, BACKWARD),
-        _scaled(dweight_hh.T, BACKWARD) * 2,
-        _scaled(dtable.sum(dim=0), BACKWARD),
-    )
+
+class _Pool:
+    """What becomes of the hidden states: a vector a sequence, and all of them where wanted."""
+
+    def __init__(
+        self,
+        like: Tensor,
+        N: int,
+        columns: int,
+        steps: int,
+        pooling: str,
+        mask: Tensor | None,
+        plan: Schedule,
+        keep_outputs: bool,
+        peaks: bool,
+    ) -> None:
+        self.vectors = like.new_empty(N, columns)
+        self.outputs = like.new_zeros((N, steps, columns) if keep_outputs else 0)
+        self.peaks = torch.zeros(
+            (N, columns) if peaks else 0, dtype=torch.int32, device=like.device
+        )
+        self._keep_outputs, self._keep_peaks = keep_outputs, peaks
+        self._pooling, self._mask, self._plan = pooling, mask, plan
+
+    def start(self, p: int, H: int) -> None:
+        """Begin direction p."""
+        self._tokens = self._plan.tokens[p]
+        self._columns = slice(p * H, (p + 1) * H)
+        N = self.vectors.shape[0]
+        self._weights = None
+        if self._pooling == "mask" and self._mask is not None:
+            packed = self._mask.reshape(-1, 1).index_select(0, self._tokens)
+            self._weights = packed.to(self.vectors.dtype)
+        nothing = -torch.inf if self._pooling == "max" else 0.0
+        if self._pooling != "last":
+            self._pooled = self.vectors.new_full((N, H), nothing)
+        if self._keep_peaks:
+            self._peaks = torch.zeros((N, H), dtype=torch.int32, device=self.vectors.device)
+        if self._keep_outputs:
+            self._packed = self.vectors.new_empty(self._tokens.shape[0], H)
+
+    def visitor(self, block: Block) -> Callable[[int, Tensor], None] | None:
+        """Return what looks at the hidden states of each step of a block, if anything must."""
+        if self._pooling == "last" and not self._keep_outputs:
+            return None
+        weights = None
+        if self._weights is not None:
+            weights = self._weights[block.rows].split_with_sizes(block.sizes)
+        pooled = None if self._pooling == "last" else self._pooled[block.group]
+        peaks = self._peaks[block.group] if self._keep_peaks else None
+        packed = None
+        if self._keep_outputs:
+            packed = self._packed[block.rows].split_with_sizes(block.sizes)
+
+        def visit(t: int, h: Tensor) -> None:
+            n = h.shape[0]
+            if packed is not None:
+                packed[t].copy_(h)
+            if weights is not None and pooled is not None:
+                pooled[:n].addcmul_(h, weights[t])
+            elif pooled is not None:
+                if peaks is not None:
+                    peaks[:n].masked_fill_(h > pooled[:n], block.step + t)
+                torch.maximum(pooled[:n], h, out=pooled[:n])
+
+        return visit
+
+    def finish(self, h: Tensor, unit: float) -> None:
+        """Write a direction's results, given its last states and the size of a unit of h."""
+        order, columns = self._plan.order, self._columns
+        v = h if self._pooling == "last" else self._pooled
+        if self._pooling == "max":
+            v = v.masked_fill_(v == -torch.inf, 0)
+        self.vectors[:, columns].index_copy_(0, order, v * unit)
+        if self._keep_peaks:
+            self.peaks[:, columns].index_copy_(0, order, self._peaks)
+        if self._keep_outputs:
+            outputs = self.outputs.view(-1, self.outputs.shape[2])[:, columns]
+            outputs.index_copy_(0, self._tokens, self._packed * unit)
 
 
-def _start(table: Tensor, N: int, H: int, mask: Tensor | None) -> States:
-    h, c = table.new_zeros(N, H), table.new_zeros(N, H)
-    return States(h, c, None if mask is None else table.new_zeros(N, H))
+class _Reached(NamedTuple):
+    """What reaches the hidden states of direction p from outside the recurrence."""
+
+    dv: Tensor | None  # [N, H]
+    doutputs: Tensor | None  # [N, T, P * H]
+    columns: slice
+    lengths: Tensor
+    mask: Tensor | None
+    peaks: Tensor
+    steps: int
+    pooling: str
+    p: int
+
+    def rows(self, tokens: Tensor) -> Tensor | None:
+        """Return it for the packed tokens at flat positions `tokens`, [m], as [m, H], or None."""
+        found: Tensor | None = None
+        if self.dv is not None and self.pooling != "last":
+            sequence = tokens.div(self.steps, rounding_mode="floor")
+            found = self.dv.index_select(0, sequence)
+            if self.pooling == "max":
+                step = tokens - sequence * self.steps
+                if self.p == 1:
+                    step = self.lengths.index_select(0, sequence) - 1 - step
+                peaks = self.peaks[:, self.columns].index_select(0, sequence)
+                found = found.mul_(peaks == step.unsqueeze(1))
+            elif self.mask is not None:
+                weights = self.mask.reshape(-1, 1).index_select(0, tokens)
+                found = found.mul_(weights.to(found.dtype))
+        if self.doutputs is not None:
+            flat = self.doutputs.reshape(-1, self.doutputs.shape[2])[:, self.columns]
+            states = flat.index_select(0, tokens)
+            found = states if found is None else found.add_(states)
+        return found
 
 
-def _vectors(states: States, plan: Schedule) -> Tensor:
-    """Return the sentence vectors in the caller's order."""
-    v = states.h if states.pooled is None else states.pooled
-    return torch.empty_like(v).index_copy_(0, plan.order, v * 2)
-
-
-def _block_forward(
+def _forward(
+    how: ModuleType,
     block: Block,
     gates: Tensor,
     weight: Tensor,
-    weights: Tensor | None,
-    states: States,
-    before: tuple[Tensor, Tensor] | None = None,
+    states: tuple[Tensor, ...],
+    before: tuple[Tensor, ...] | None,
+    visit: Callable[[int, Tensor], None] | None,
 ) -> None:
-    """Run a block and change the states.
-
-    Args:
-        block: its steps.
-        gates: [m, 4H] input gates of its packed tokens; they become the gates.
-        weight: [H, 4H] from `recurrent_weight`.
-        weights: [M, 1] from `_packed_mask`, or None.
-        states: of all sequences.
-        before: c and h, [m, H] each, to be filled with the states before each token.
-    """
-    # as a tensor: a number would be made into one at each step
-    half = gates.new_tensor(0.5)
-    parts = (gates, *gates.view(-1, 4, weight.shape[0]).unbind(1))
-    each = zip(*(part.split_with_sizes(block.sizes) for part in parts), strict=True)
-    saved = None if before is None else [part.split_with_sizes(block.sizes) for part in before]
-    pooling = None if weights is None else weights[block.rows].split_with_sizes(block.sizes)
-    n = 0
-    for t, (a, i, f, g, o) in enumerate(each):
-        if n != block.sizes[t]:
-            n = block.sizes[t]
-            alive = slice(block.start, block.start + n)
-            h, c = states.h[alive], states.c[alive]
-        if saved is not None:
-            saved[0][t].copy_(c)
-            saved[1][t].copy_(h)
-        if t or not block.first:
-            a.addmm_(h, weight)
-        a.sigmoid_()
-        g.sub_(half)
-        c.mul_(f).addcmul_(i, g, value=4)
-        torch.sigmoid(c, out=h).sub_(half).mul_(o)
-        if pooling is not None and states.pooled is not None:
-            states.pooled[alive].addcmul_(h, pooling[t])
+    alive = tuple(state[block.group] for state in states)
+    how.forward(gates, weight, alive, block.sizes, block.step == 0, before, visit)
 
 
-def _block_backward(
-    block: Block,
-    gates: Tensor,
-    c_before: Tensor,
-    weight: Tensor,
-    weights: Tensor | None,
-    grads: States,
-) -> Tensor:
-    """Carry the gradients of the states back through a block.
-
-    Args:
-        block: its steps.
-        gates, c_before: [m, 4H] and [m, H] of its packed tokens.
-        weight: [4H, H], with the factors of BACKWARD.
-        weights: [M, 1] from `_packed_mask`, or None.
-        grads: of the states of all sequences; `pooled` is only read.
-
-    Returns:
-        [m, 4H], gradients of the gates before the sigmoid, without the factors of BACKWARD.
-    """
-    half = gates.new_tensor(0.5)
-    i, f, g, o = gates.view(-1, 4, weight.shape[1]).unbind(1)
-    # local derivatives first, each multiplied by the gradient of c or h in the loop
-    s = torch.mul(f, c_before).addcmul_(i, g, value=4).sigmoid_()
-    dc_dh = torch.addcmul(s, s, s, value=-1).mul_(o)
-    dgates = torch.addcmul(gates, gates, gates, value=-1)
-    local = dgates.view(-1, 4, weight.shape[1])
-    di, df, dg, do = local.unbind(1)
-    torch.addcmul(half * half, g, g, value=-1, out=dg).mul_(i)
-    di.mul_(g)
-    df.mul_(c_before)
-    do.mul_(s.sub_(half))
-
-    parts = (dgates, local[:, :3], do, dc_dh, f)
-    each = list(zip(*(part.split_with_sizes(block.sizes) for part in parts), strict=True))
-    pooling = None if weights is None else weights[block.rows].split_with_sizes(block.sizes)
-    n = 0
-    for t in range(len(each) - 1, -1, -1):
-        da, da_ifg, da_o, dc_dh_t, f_t = each[t]
-        if n != block.sizes[t]:
-            n = block.sizes[t]
-            alive = slice(block.start, block.start + n)
-            dh, dc = grads.h[alive], grads.c[alive]
-            dc_of_gates = dc.unsqueeze(1)
-        if pooling is not None and grads.pooled is not None:
-            dh.addcmul_(grads.pooled[alive], pooling[t])
-        dc.addcmul_(dh, dc_dh_t)
-        da_ifg.mul_(dc_of_gates)
-        da_o.mul_(dh)
-        if t or not block.first:
-            torch.mm(da, weight, out=dh)
-            dc.mul_(f_t)
-    return dgates
+def _project(how: ModuleType, x: Tensor, weight_ih: Tensor, bias: Tensor | None) -> Tensor:
+    dtype = compute_dtype(x.dtype)
+    table: Tensor = how.project(
+        x.to(dtype), weight_ih.to(dtype), None if bias is None else bias.to(dtype)
+    )
+    return table
 
 
-def _empty(rows: int, columns: int, like: Tensor) -> Tensor:
+def _of(stacked: Tensor | None, p: int) -> Tensor | None:
+    return None if stacked is None else stacked[p]
+
+
+def _stack(tensors: list[Tensor]) -> Tensor:
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
+
+
+def _zeros(like: Tensor, N: int, H: int, count: int) -> tuple[Tensor, ...]:
+    return tuple(like.new_zeros(N, H) for _ in range(count))
+
+
+@contextlib.contextmanager
+def _threads(N: int) -> Iterator[None]:
+    """Run a small batch on one thread: its operations are over before a second one wakes up."""
+    before = torch.get_num_threads()
+    if N > SMALL or before == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
     """Return uninitialized memory, in huge pages where it is large.
 
     What is this large the C library takes from the system at each call and gives back afterwards;
     in pages of 4 KiB that costs more than the arithmetic that fills them.
     """
-    size = rows * columns * like.element_size()
+    size = torch.Size(shape).numel() * like.element_size()
     if like.device.type != "cpu" or size < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return like.new_empty(rows, columns)
+        return like.new_empty(shape)
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):  # a kernel without them
         memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=like.dtype).view(rows, columns)
+    return torch.frombuffer(memory, dtype=like.dtype).view(shape)
 
 
-def _scaled(gates: Tensor, factors: tuple[float, ...]) -> Tensor:
-    """Multiply the rows of i, f, g, o of a weight or bias by a factor each."""
-    return (gates.reshape(4, -1) * _column(factors, gates.dtype, gates.device)).view(gates.shape)
-
-
-@functools.cache
-def _column(factors: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return constants as a column, made once: a step is too short to make them each time."""
-    with torch.inference_mode(False):
-        return torch.tensor(factors, dtype=dtype, device=device).unsqueeze(1)
-
-
-def _packed_mask(mask: Tensor | None, plan: Schedule, dtype: torch.dtype) -> Tensor | None:
-    """Return the mask's weights of the packed tokens, [M, 1]."""
-    return None if mask is None else mask.reshape(-1, 1).index_select(0, plan.tokens).to(dtype)
-
-
-def _distinct(ids: Tensor | None, plan: Schedule, R: int) -> tuple[Tensor, Tensor | None]:
+def _distinct(ids: Tensor | None, tokens: Tensor, R: int) -> tuple[Tensor, Tensor | None]:
     """Return the rows of x that the batch needs, and which of these each packed token is.
 
     None in the second place means each its own, in packed order.
     """
     if ids is None:
-        return plan.tokens, None
-    token_ids = ids.reshape(-1).index_select(0, plan.tokens)
+        return tokens, None
+    token_ids = ids.reshape(-1).index_select(0, tokens)
     seen = torch.zeros(R, dtype=torch.bool, device=ids.device)
     seen[token_ids] = True
     words = seen.nonzero().squeeze(1)

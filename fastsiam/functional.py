@@ -1,4 +1,4 @@
-"""Public functions over weights: check, pick the backend, call the operator."""
+"""Public functions over weights: check, pick the backend, call the operators."""
 
 from __future__ import annotations
 
@@ -11,35 +11,56 @@ from torch import Tensor
 
 from fastsiam import _ops, reference
 from fastsiam._backend import Choice, resolve_backend
+from fastsiam._checks import Lengths, Weights, check_network, check_side
 
-Lengths = Tensor | Sequence[int] | None
-
-
-class Weights(NamedTuple):
-    """An LSTM layer's weights under nn.LSTM's names, all of one dtype and device.
-
-    weight_ih [4H, D], weight_hh [4H, H], bias_ih and bias_hh [4H] or both None; gates i, f, g, o.
-    """
-
-    weight_ih: Tensor
-    weight_hh: Tensor
-    bias_ih: Tensor | None = None
-    bias_hh: Tensor | None = None
+__all__ = [
+    "Lengths",
+    "Prepared",
+    "Weights",
+    "explain",
+    "manhattan_similarity",
+    "manhattan_topk",
+    "prepare",
+    "siamese_encode",
+    "siamese_similarity",
+]
 
 
 class Prepared(NamedTuple):
-    """Every row of an embedding projected, and the recurrent weight laid out, for one backend."""
+    """Every row of an embedding projected, and the recurrent weights laid out, for one backend."""
 
     backend: str
     table: Tensor
     weight: Tensor
 
 
-def siamese_lstm(
+class _Layer(NamedTuple):
+    """A layer's weights stacked by direction, and the sum of its biases as `_ops` wants it."""
+
+    weight_ih: Tensor  # [P, 4H, D], of a GRU [P, 3H, D]
+    weight_hh: Tensor  # [P, 4H, H], of a GRU [P, 3H, H]
+    bias: Tensor | None  # [P, 4H]
+
+
+class _Network(NamedTuple):
+    cell: str
+    layers: list[_Layer]
+    dtype: torch.dtype
+    pooling: str
+    dropout: float
+    backend: str
+    prepared: Prepared | None
+
+
+def siamese_similarity(
     left: Tensor,
     right: Tensor,
-    weights: Weights,
+    weights: Weights | Sequence[Weights],
     *,
+    cell: str = "lstm",
+    bidirectional: bool = False,
+    pooling: str = "last",
+    dropout: float = 0.0,
     embedding: Tensor | None = None,
     left_lengths: Lengths = None,
     right_lengths: Lengths = None,
@@ -51,19 +72,28 @@ def siamese_lstm(
     prepared: Prepared | None = None,
     validate: bool = False,
 ) -> Tensor:
-    """Score pairs of sequences by exp(-scale * L1) of their LSTM vectors (MaLSTM, AAAI 2016).
+    """Score pairs of sequences by exp(-scale * L1) of their vectors (MaLSTM, AAAI 2016).
 
     Args:
         left: [B, T, D] inputs in the weights' dtype, or [B, T] integer ids where `embedding` is
             given. What stands behind a sequence's end is never read and may be anything.
         right: the same; its T may differ from left's.
-        weights: of the one LSTM both sides run through.
+        weights: of the one network both sides run through; several layers or directions as
+            nn.LSTM orders them: layer 0, layer 0 reverse, layer 1, and so on.
+        cell: "lstm" or "gru" (nn.GRU's equations: the reset gate acts after the product).
+        bidirectional: whether each layer also runs from the last valid step to the first.
+        pooling: "last", a sequence's state after the last step each direction reads, as in
+            nn.LSTM's h_n of packed input; "mean" or "max" of each unit over the valid steps. Of
+            equal maxima the one that its direction reads first has the gradient.
+        dropout: probability, 0 <= p < 1, with which a layer's outputs are dropped before the next
+            layer. A pair has one mask for both sides and all steps: with two, equal sentences
+            would differ.
         embedding: [V, D] vectors that ids point into.
         left_lengths: [B] valid steps of each sequence, 0 <= length <= T: int32 or int64 tensor on
             any device, or a list. None: all T. A sequence of length 0 has the vector 0.
         right_lengths: the same for the right side.
         left_mask: [B, T] weights of the steps; the vector is then sum_t mask[b, t] h_t over valid
-            steps instead of the last valid h. It carries no gradient.
+            steps whatever `pooling` says. It carries no gradient.
         right_mask: the same for the right side; both or neither.
         scale: factor on L1, > 0: a number, or a tensor of one element that may require grad.
         log: return -scale * L1 instead, which does not underflow.
@@ -79,13 +109,16 @@ def siamese_lstm(
         ValueError: an argument of the wrong shape, dtype or range; the message names it.
         ImportError: backend "triton" without triton.
     """
-    who = "siamese_lstm"
-    _check_weights(who, weights)
-    left, left_lengths = _check_side(
-        who, "left", left, left_lengths, left_mask, weights, embedding, validate
+    who = "siamese_similarity"
+    network = _network(
+        who, weights, cell, bidirectional, pooling, dropout, left.device, backend, prepared
     )
-    right, right_lengths = _check_side(
-        who, "right", right, right_lengths, right_mask, weights, embedding, validate
+    weight = _first(weights).weight_ih
+    left, left_lengths = check_side(
+        who, "left", left, left_lengths, left_mask, weight, embedding, validate
+    )
+    right, right_lengths = check_side(
+        who, "right", right, right_lengths, right_mask, weight, embedding, validate
     )
     if left.shape[0] != right.shape[0]:
         raise ValueError(
@@ -98,21 +131,24 @@ def siamese_lstm(
         )
     if (left_mask is None) != (right_mask is None):
         raise ValueError(f"{who}: left_mask and right_mask must be given together or not at all")
+    _check_scale(who, scale)
     mask = None
     if left_mask is not None and right_mask is not None:
         mask = _join(left_mask, right_mask)
     x = _join(left, right)
     lengths = torch.cat((left_lengths, right_lengths))
-    similarity, log_similarity, _ = _run(
-        who, x, lengths, mask, weights, embedding, scale, True, backend, prepared
-    )
-    return log_similarity if log else similarity
+    similarity, distance, _ = _run(network, x, lengths, mask, embedding, scale, True)
+    return -scale * distance if log else similarity
 
 
-def lstm_encode(
+def siamese_encode(
     x: Tensor,
-    weights: Weights,
+    weights: Weights | Sequence[Weights],
     *,
+    cell: str = "lstm",
+    bidirectional: bool = False,
+    pooling: str = "last",
+    dropout: float = 0.0,
     embedding: Tensor | None = None,
     lengths: Lengths = None,
     mask: Tensor | None = None,
@@ -120,14 +156,17 @@ def lstm_encode(
     prepared: Prepared | None = None,
     validate: bool = False,
 ) -> Tensor:
-    """Return the LSTM vectors of sequences, [B, H] in the weights' dtype.
+    """Return the vectors of sequences, [B, P * H] in the weights' dtype for P directions.
 
-    The arguments are those of one side of `siamese_lstm`, and so are the errors.
+    The arguments are those of one side of `siamese_similarity`, and so are the errors.
     """
-    who = "lstm_encode"
-    _check_weights(who, weights)
-    x, lengths = _check_side(who, "x", x, lengths, mask, weights, embedding, validate)
-    return _run(who, x, lengths, mask, weights, embedding, 1.0, False, backend, prepared)[2]
+    who = "siamese_encode"
+    network = _network(
+        who, weights, cell, bidirectional, pooling, dropout, x.device, backend, prepared
+    )
+    weight = _first(weights).weight_ih
+    x, lengths = check_side(who, "x", x, lengths, mask, weight, embedding, validate)
+    return _run(network, x, lengths, mask, embedding, 1.0, False)[2]
 
 
 def manhattan_similarity(u: Tensor, v: Tensor, scale: float | Tensor = 1.0) -> Tensor:
@@ -144,217 +183,311 @@ def manhattan_similarity(u: Tensor, v: Tensor, scale: float | Tensor = 1.0) -> T
     return torch.exp(-scale * reference.manhattan_distance(u, v))
 
 
-def prepare(weights: Weights, embedding: Tensor, backend: str = "auto") -> Prepared | None:
+def prepare(
+    weights: Weights | Sequence[Weights],
+    embedding: Tensor,
+    backend: str = "auto",
+    *,
+    cell: str = "lstm",
+    bidirectional: bool = False,
+) -> Prepared | None:
     """Project all of `embedding`, [V, D], once, for any number of calls without gradients.
 
+    Args:
+        weights: as for `siamese_similarity`; only the first layer reads the embedding.
+
     Returns:
-        What to hand to `siamese_lstm` or `lstm_encode` as `prepared` until a weight changes, or
-        None where the backend has no use for it ("lstm" and "reference").
+        What to hand to `siamese_similarity` or `siamese_encode` as `prepared` until a weight
+        changes, or None where the backend has no use for it ("lstm" and "reference").
     """
-    dtype = _computed_dtype(weights)
-    weights, embedding = _cast(weights, dtype), embedding.to(dtype)
-    who = "prepare"
-    choice = explain(weights, embedding.device, backend, who=who)
-    if choice.backend not in ("torch", "triton"):
-        return None
-    with torch.no_grad(), torch.autocast(embedding.device.type, enabled=False):
-        table, weight = _ops.siamese_prepare(
-            embedding, weights.weight_ih, weights.weight_hh, _bias(weights), choice.backend
+    with torch.no_grad():
+        network = _network(
+            "prepare", weights, cell, bidirectional, "last", 0.0, embedding.device, backend, None
         )
-    return Prepared(choice.backend, table, weight)
+        if network.backend not in ("torch", "triton"):
+            return None
+        with torch.autocast(embedding.device.type, enabled=False):
+            table, weight = _ops.siamese_prepare(
+                embedding.to(network.dtype), *network.layers[0], cell, network.backend
+            )
+    return Prepared(network.backend, table, weight)
 
 
 def explain(
-    weights: Weights, device: torch.device, backend: str = "auto", *, who: str = "explain"
+    weights: Weights | Sequence[Weights],
+    device: torch.device,
+    backend: str = "auto",
+    *,
+    who: str = "explain",
 ) -> Choice:
     """Return the backend a call on `device` would take, and why; raise if it cannot run."""
+    weight = _first(weights).weight_hh
+    return resolve_backend(who, backend, device, _computed_dtype(weight), weight.shape[1])
+
+
+def _first(weights: Weights | Sequence[Weights]) -> Weights:
+    return weights if isinstance(weights, Weights) else weights[0]
+
+
+def _network(
+    who: str,
+    weights: Weights | Sequence[Weights],
+    cell: str,
+    bidirectional: bool,
+    pooling: str,
+    dropout: float,
+    device: torch.device,
+    backend: str,
+    prepared: Prepared | None,
+) -> _Network:
+    """Check the network's arguments and lay its weights out."""
+    every = [weights] if isinstance(weights, Weights) else weights
+    layers = check_network(who, every, cell, bidirectional, pooling)
+    if not 0 <= dropout < 1:
+        raise ValueError(f"{who}: dropout must be at least 0 and below 1, got {dropout}")
+    choice = explain(weights, device, backend, who=who)
+    dtype = _computed_dtype(every[0].weight_hh)
+    stacked = [_stack(layer, cell, dtype) for layer in layers]
+    if prepared is not None and prepared.backend != choice.backend:
+        prepared = None
+    return _Network(cell, stacked, dtype, pooling, dropout, choice.backend, prepared)
+
+
+def _stack(directions: Sequence[Weights], cell: str, dtype: torch.dtype) -> _Layer:
+    def stack(tensors: list[Tensor]) -> Tensor:
+        tensors = [t.to(dtype) for t in tensors]
+        return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
+
+    bias = None
+    if directions[0].bias_ih is not None:
+        bias = stack([_bias(direction, cell) for direction in directions])
+    return _Layer(
+        stack([direction.weight_ih for direction in directions]),
+        stack([direction.weight_hh for direction in directions]),
+        bias,
+    )
+
+
+def _bias(weights: Weights, cell: str) -> Tensor:
+    """Return the biases added up, [4H]; of a GRU's gate n they stay apart, input and state."""
+    assert weights.bias_ih is not None
+    assert weights.bias_hh is not None
+    if cell == "lstm":
+        return weights.bias_ih + weights.bias_hh
     H = weights.weight_hh.shape[1]
-    return resolve_backend(who, backend, device, weights.weight_hh.dtype, H)
+    of_input, of_state = (bias.split((2 * H, H)) for bias in (weights.bias_ih, weights.bias_hh))
+    return torch.cat((of_input[0] + of_state[0], of_input[1], of_state[1]))
 
 
 def _run(
-    who: str,
+    network: _Network,
     x: Tensor,
     lengths: Tensor,
     mask: Tensor | None,
-    weights: Weights,
     embedding: Tensor | None,
     scale: float | Tensor,
     paired: bool,
-    backend: str,
-    prepared: Prepared | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return similarity and log-similarity, [B] (empty unless paired), and vectors [N, H]."""
-    dtype = _computed_dtype(weights)
-    weights = _cast(weights, dtype)
+    """Return similarity and L1, [B] (empty unless paired), and vectors [N, P * H]."""
     if embedding is None:
-        x = x.to(dtype)
+        x = x.to(network.dtype)
     else:
-        embedding = embedding.to(dtype)
-    if isinstance(scale, Tensor):
-        if scale.numel() != 1:
-            raise ValueError(f"{who}: scale must have one element, got {list(scale.shape)}")
-    elif not scale > 0:
-        raise ValueError(f"{who}: scale must be positive, got {scale}")
-    choice = explain(weights, x.device, backend, who=who)
+        embedding = embedding.to(network.dtype)
+    pooling = network.pooling if mask is None else "mask"
+    if pooling == "mean":
+        pooling = "mask"
+        share = lengths.clamp(min=1).to(torch.promote_types(network.dtype, torch.float32))
+        mask = share.reciprocal_().unsqueeze(1).expand(-1, x.shape[1])
+    # the kernels address these by rows without gaps
+    lengths = lengths.contiguous()
+    mask = None if mask is None else mask.contiguous()
+    layer_of = _plain_layer if network.backend in ("reference", "lstm") else _fused_layer
     with torch.autocast(x.device.type, enabled=False):
-        if choice.backend in ("reference", "lstm"):
-            h = _plain_encode(choice.backend, x, lengths, mask, weights, embedding)
-            if not paired:
-                return h.new_empty(0), h.new_empty(0), h
-            left, right = h.to(torch.promote_types(h.dtype, torch.float32)).chunk(2)
-            log_similarity = -scale * reference.manhattan_distance(left, right)
-            return torch.exp(log_similarity), log_similarity, h
-        similarity, distance, h = _fused(
-            x, lengths, mask, weights, embedding, scale, paired, choice.backend, prepared
+        for layer in network.layers[:-1]:
+            states = layer_of(
+                network, layer, x, lengths, None, embedding, 1.0, "last", False, True
+            )[3]
+            embedding = None
+            x = _drop(states, network.dropout, paired)
+        similarity, distance, h, _ = layer_of(
+            network,
+            network.layers[-1],
+            x,
+            lengths,
+            mask,
+            embedding,
+            scale,
+            pooling,
+            paired,
+            False,
         )
-    return similarity, -scale * distance, h
+    return similarity, distance, h
 
 
-def _fused(
+def _drop(states: Tensor, dropout: float, paired: bool) -> Tensor:
+    """Apply dropout to hidden states, [N, T, F]: one mask a pair (a sequence), for all steps."""
+    if dropout == 0:
+        return states
+    N, T, columns = states.shape
+    sides = 2 if paired else 1
+    keep = states.new_empty(1, N // sides, 1, columns).bernoulli_(1 - dropout) / (1 - dropout)
+    return (states.view(sides, N // sides, T, columns) * keep).view(N, T, columns)
+
+
+def _fused_layer(
+    network: _Network,
+    layer: _Layer,
     x: Tensor,
     lengths: Tensor,
     mask: Tensor | None,
-    weights: Weights,
     embedding: Tensor | None,
     scale: float | Tensor,
+    pooling: str,
     paired: bool,
-    backend: str,
-    prepared: Prepared | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return similarity, L1 and vectors from the backends that have the whole program."""
+    keep_outputs: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return similarity, L1, vectors and hidden states from the backends with the whole program."""
     factor, learned_scale = (1.0, scale) if isinstance(scale, Tensor) else (scale, None)
     steps = x.shape[1]
     rnn = torch.backends.cudnn.rnn
     allow_tf32 = x.is_cuda and rnn.fp32_precision == "tf32"  # type: ignore[attr-defined]
     source = x.reshape(-1, x.shape[-1]) if embedding is None else embedding
-    # the kernels address these three by rows without gaps
     ids = None if embedding is None else x.contiguous()
-    lengths = lengths.contiguous()
-    mask = None if mask is None else mask.contiguous()
-    bias = _bias(weights)
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor]
     wants_grad = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad
-        for t in (source, weights.weight_ih, weights.weight_hh, bias, learned_scale)
+        t is not None and t.requires_grad for t in (source, *layer, learned_scale)
     )
-    if wants_grad:
-        similarity, distance, h, *_ = _ops.siamese_fwd(
-            source,
+    prepared = None if embedding is None or wants_grad else network.prepared
+    if prepared is not None:
+        outputs = _ops.siamese_infer(
+            prepared.table,
+            prepared.weight,
             ids,
             lengths,
             mask,
-            weights.weight_ih,
-            weights.weight_hh,
-            bias,
             learned_scale,
             factor,
+            layer.weight_hh.shape[2],
             steps,
+            pooling,
             paired,
+            keep_outputs,
             allow_tf32,
-            backend,
+            network.dtype,
+            network.cell,
+            network.backend,
         )
-        return similarity, distance, h
-    if prepared is None or prepared.backend != backend:
-        if embedding is None or _tokens_are_fewer(source, x):
-            source, ids = _token_rows(source, ids, lengths, steps), None
-        table, weight = _ops.siamese_prepare(
-            source, weights.weight_ih, weights.weight_hh, bias, backend
-        )
-    else:
-        table, weight = prepared.table, prepared.weight
-    outputs: tuple[Tensor, Tensor, Tensor] = _ops.siamese_infer(
-        table,
-        weight,
+        return outputs
+    run = _ops.siamese_fwd if wants_grad else _ops.siamese_run
+    outputs = run(
+        source,
         ids,
         lengths,
         mask,
+        *layer,
         learned_scale,
         factor,
-        weights.weight_hh.shape[1],
         steps,
+        pooling,
         paired,
+        keep_outputs,
         allow_tf32,
-        weights.weight_hh.dtype,
-        backend,
-    )
+        network.cell,
+        network.backend,
+    )[:4]
     return outputs
 
 
-def _tokens_are_fewer(embedding: Tensor, ids: Tensor) -> bool:
-    return ids.numel() < embedding.shape[0]
-
-
-def _token_rows(source: Tensor, ids: Tensor | None, lengths: Tensor, steps: int) -> Tensor:
-    """Return one row a token, [N * T, D]; rows of the padding are row 0's, not what stood there."""
-    if ids is None:
-        return source
-    valid = torch.arange(steps, device=ids.device) < lengths.unsqueeze(1)
-    return F.embedding(torch.where(valid, ids, 0).reshape(-1), source)
-
-
-def _plain_encode(
-    backend: str,
+def _plain_layer(
+    network: _Network,
+    layer: _Layer,
     x: Tensor,
     lengths: Tensor,
     mask: Tensor | None,
-    weights: Weights,
     embedding: Tensor | None,
-) -> Tensor:
-    """Return [N, H] from the definition, or from torch's own LSTM on the padded batch."""
-    if x.shape[1] == 0:
+    scale: float | Tensor,
+    pooling: str,
+    paired: bool,
+    keep_outputs: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the same from the definition, or from torch's own LSTM or GRU on the padded batch."""
+    T = x.shape[1]
+    if T == 0:
         # a step that no sequence has: the weights get gradients, of 0, as from any other batch
         x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, 1))
         mask = None if mask is None else F.pad(mask, (0, 1))
     valid = torch.arange(x.shape[1], device=x.device) < lengths.unsqueeze(1)
     if embedding is not None:
         x = F.embedding(torch.where(valid, x, 0), embedding)
-    bias = _bias(weights)
-    N, H = x.shape[0], weights.weight_hh.shape[1]
-    # an empty batch runs nothing, and not every LSTM of torch's takes one
-    if backend == "reference" or N == 0:
-        return reference.encode(x, lengths, mask, weights.weight_ih, weights.weight_hh, bias)
-    parameters = [weights.weight_ih, weights.weight_hh]
-    if weights.bias_ih is not None and weights.bias_hh is not None:
-        parameters += [weights.bias_ih, weights.bias_hh]
+    x = torch.where(valid.unsqueeze(2), x, 0)
+    states, vectors = [], []
+    for p, (weight_ih, weight_hh) in enumerate(zip(*layer[:2], strict=True)):
+        bias = None if layer.bias is None else layer.bias[p]
+        reverse = p == 1
+        # an empty batch runs nothing, and not every LSTM of torch's takes one
+        if network.backend == "reference" or x.shape[0] == 0:
+            run = reference.STATES[network.cell]
+            direction = run(x, lengths, weight_ih, weight_hh, bias, reverse)
+        else:
+            direction = _torch_states(network.cell, x, lengths, weight_ih, weight_hh, bias, reverse)
+        states.append(direction)
+        vectors.append(reference.pool(direction, lengths, pooling, mask, reverse))
+    h = torch.cat(vectors, dim=1)
+    outputs = h.new_empty(0)
+    if keep_outputs:
+        outputs = torch.where(valid.unsqueeze(2), torch.cat(states, dim=2), 0)[:, :T]
+    if not paired:
+        return h.new_empty(0), h.new_empty(0), h, outputs
+    left, right = h.to(torch.promote_types(h.dtype, torch.float32)).chunk(2)
+    distance = reference.manhattan_distance(left, right)
+    return torch.exp(-scale * distance), distance, h, outputs
+
+
+def _torch_states(
+    cell: str,
+    x: Tensor,
+    lengths: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias: Tensor | None,
+    reverse: bool,
+) -> Tensor:
+    """Return one direction's hidden states, [N, T, H], from torch's own LSTM or GRU."""
+    N, T, H = x.shape[0], x.shape[1], weight_hh.shape[1]
+    parameters = [weight_ih, weight_hh]
+    if bias is not None:
+        # of the state's own, all that the input's cannot hold: the bias of a GRU's gate n
+        own = bias[len(weight_hh) :]
+        parameters += [bias[: len(weight_hh)], F.pad(own, (len(weight_hh) - len(own), 0))]
     if x.is_cuda:
         # one buffer, as nn.LSTM keeps them: cuDNN would copy them into one, with a warning
         sizes = [p.numel() for p in parameters]
         chunks = torch.cat([p.flatten() for p in parameters]).split(sizes)
         parameters = [chunk.view_as(p) for chunk, p in zip(chunks, parameters, strict=True)]
+    turned = None
+    if reverse:
+        # each sequence turned round within its length; the same once more turns it back
+        time = torch.arange(T, device=x.device)
+        ends = lengths.unsqueeze(1)
+        turned = torch.where(time < ends, ends - 1 - time, time).unsqueeze(2)
+        x = x.gather(1, turned.expand_as(x))
     state = x.new_zeros(1, N, H)
-    x = torch.where(valid.unsqueeze(2), x, 0)
     training = torch.is_grad_enabled()
-    y: Tensor = torch.lstm(
-        x, (state, state), parameters, bias is not None, 1, 0.0, training, False, True
-    )[0]
-    if mask is None:
-        last = (lengths.long() - 1).clamp(min=0).view(N, 1, 1).expand(N, 1, H)
-        return torch.where((lengths > 0).unsqueeze(1), y.gather(1, last).squeeze(1), 0)
-    return torch.einsum("nt,nth->nh", torch.where(valid, mask, 0).to(y.dtype), y)
+    how = parameters, bias is not None, 1, 0.0, training, False, True
+    states: Tensor
+    if cell == "lstm":
+        states = torch.lstm(x, (state, state), *how)[0]
+    else:
+        states = torch.gru(x, state, *how)[0]
+    return states if turned is None else states.gather(1, turned.expand_as(states))
 
 
-def _bias(weights: Weights) -> Tensor | None:
-    if weights.bias_ih is None or weights.bias_hh is None:
-        return None
-    return weights.bias_ih + weights.bias_hh
-
-
-def _computed_dtype(weights: Weights) -> torch.dtype:
-    """Return the weights' dtype, or autocast's where it is on: the operators are opaque to it."""
-    device, dtype = weights.weight_hh.device.type, weights.weight_hh.dtype
+def _computed_dtype(weight: Tensor) -> torch.dtype:
+    """Return the weight's dtype, or autocast's where it is on: the operators are opaque to it."""
+    device, dtype = weight.device.type, weight.dtype
     if not torch.is_autocast_enabled(device) or dtype == torch.float64:
         return dtype
     return torch.get_autocast_dtype(device)
-
-
-def _cast(weights: Weights, dtype: torch.dtype) -> Weights:
-    weight_ih, weight_hh, bias_ih, bias_hh = weights
-    return Weights(
-        weight_ih.to(dtype),
-        weight_hh.to(dtype),
-        None if bias_ih is None else bias_ih.to(dtype),
-        None if bias_hh is None else bias_hh.to(dtype),
-    )
 
 
 def _join(left: Tensor, right: Tensor) -> Tensor:
@@ -368,126 +501,71 @@ def _join(left: Tensor, right: Tensor) -> Tensor:
     return torch.cat((left, right))
 
 
-def _check_weights(who: str, weights: Weights) -> None:
-    weight_ih, weight_hh, bias_ih, bias_hh = weights
-    H = weight_hh.shape[-1]
-    wanted = ((4 * H, weight_ih.shape[-1]), (4 * H, H), (4 * H,), (4 * H,))
-    for name, weight, shape in zip(Weights._fields, weights, wanted, strict=True):
-        if weight is not None and weight.shape != shape:
-            raise ValueError(
-                f"{who}: {name} must be {list(shape)} for H = {H} (the columns of weight_hh), "
-                f"got {list(weight.shape)}"
-            )
-        if weight is not None and weight.dtype != weight_hh.dtype:
-            raise ValueError(
-                f"{who}: all weights must have one dtype, got {name} of {weight.dtype} and "
-                f"weight_hh of {weight_hh.dtype}"
-            )
-    if (bias_ih is None) != (bias_hh is None):
-        raise ValueError(f"{who}: bias_ih and bias_hh must be given together or not at all")
-
-
-def _check_side(
-    who: str,
-    name: str,
-    x: Tensor,
-    lengths: Lengths,
-    mask: Tensor | None,
-    weights: Weights,
-    embedding: Tensor | None,
-    validate: bool,
+def manhattan_topk(
+    queries: Tensor,
+    corpus: Tensor,
+    k: int,
+    *,
+    scale: float | Tensor = 1.0,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Check one side's arguments; return it and its lengths as a tensor on its device."""
-    weight = weights.weight_ih
-    D = weight.shape[1]
-    if x.device != weight.device:
+    """Return the k rows of a corpus most similar to each query by exp(-scale * L1).
+
+    Memory beside the inputs and results is bounded: the matrix of all pairs is never made.
+
+    Args:
+        queries: [Q, F], floating point.
+        corpus: [M, F], of the queries' dtype and device.
+        k: 1 <= k <= M.
+        scale: factor on L1, > 0: a number or a tensor of one element.
+        backend: "auto", "triton" or "torch".
+
+    Returns:
+        Similarities [Q, k] in (0, 1], float32, descending, and row numbers [Q, k], int64. Of equal
+        ones the smaller row number comes first; rows with a NaN come last. L1 is summed in float32
+        (float64 for float64) and ranked in float32. Neither carries a gradient: where one is
+        wanted, score the rows that were found with `manhattan_similarity`.
+
+    Raises:
+        ValueError: an argument of the wrong shape, dtype, device or range.
+        ImportError: backend "triton" without triton.
+    """
+    who = "manhattan_topk"
+    if queries.ndim != 2 or corpus.ndim != 2 or queries.shape[1] != corpus.shape[1]:
         raise ValueError(
-            f"{who}: {name} must be on the weights' device {weight.device}, got {x.device}"
+            f"{who}: queries and corpus must be [Q, F] and [M, F], "
+            f"got {list(queries.shape)} and {list(corpus.shape)}"
         )
-    if embedding is None:
-        if x.ndim != 3 or x.shape[2] != D:
-            raise ValueError(
-                f"{who}: {name} must be [B, T, D] with D = {D}, got {list(x.shape)}"
-                + ("; ids need an embedding" if x.ndim == 2 and not x.is_floating_point() else "")
-            )
-        autocast = torch.is_autocast_enabled(x.device.type) and x.is_floating_point()
-        if x.dtype != weight.dtype and not autocast:
-            raise ValueError(
-                f"{who}: {name} must have the weights' dtype {weight.dtype}, got {x.dtype}; "
-                f"convert it with .to({weight.dtype})"
-            )
-    else:
-        if x.ndim != 2 or x.dtype not in (torch.int32, torch.int64):
-            raise ValueError(
-                f"{who}: {name} must be integer ids [B, T] of dtype int32 or int64 where an "
-                f"embedding is given, got {list(x.shape)} of {x.dtype}"
-            )
-        if embedding.ndim != 2 or embedding.shape[1] != D:
-            raise ValueError(
-                f"{who}: embedding must be [V, D] with D = {D}, got {list(embedding.shape)}"
-            )
-        if embedding.dtype != weight.dtype:
-            raise ValueError(
-                f"{who}: embedding must have the weights' dtype {weight.dtype}, "
-                f"got {embedding.dtype}"
-            )
-    B, T = x.shape[:2]
-    if mask is not None:
-        if mask.shape != (B, T):
-            raise ValueError(
-                f"{who}: {name}'s mask must be [B, T] = {[B, T]}, got {list(mask.shape)}"
-            )
-        if mask.requires_grad:
-            raise ValueError(
-                f"{who}: {name}'s mask carries no gradient and must not require one; detach it"
-            )
-        if mask.device != x.device:
-            raise ValueError(
-                f"{who}: {name}'s mask must be on the device {x.device}, got {mask.device}"
-            )
-    valid_steps = _check_lengths(who, name, x, lengths, validate)
-    if embedding is not None and (validate or x.device.type == "cpu"):
-        _check_ids(who, name, x, valid_steps, embedding.shape[0])
-    return x, valid_steps
+    if queries.dtype != corpus.dtype or not queries.is_floating_point():
+        raise ValueError(
+            f"{who}: queries and corpus must have one floating-point dtype, "
+            f"got {queries.dtype} and {corpus.dtype}"
+        )
+    if queries.device != corpus.device:
+        raise ValueError(
+            f"{who}: queries and corpus must be on one device, "
+            f"got {queries.device} and {corpus.device}"
+        )
+    if not 1 <= k <= corpus.shape[0]:
+        raise ValueError(
+            f"{who}: k must be between 1 and the {corpus.shape[0]} rows of corpus, got {k}"
+        )
+    _check_scale(who, scale)
+    choice = resolve_backend(who, backend, queries.device, queries.dtype, H=1)
+    if choice.backend not in ("torch", "triton"):
+        raise ValueError(
+            f"{who}: backend must be auto, triton or torch, got {backend!r}; pass backend='torch'"
+        )
+    with torch.no_grad(), torch.autocast(queries.device.type, enabled=False):
+        distance, index = _ops.manhattan_topk(
+            queries.contiguous(), corpus.contiguous(), k, choice.backend
+        )
+        return torch.exp(distance * -scale), index
 
 
-def _check_lengths(who: str, name: str, x: Tensor, lengths: Lengths, validate: bool) -> Tensor:
-    B, T = x.shape[:2]
-    if lengths is None:
-        return torch.full((B,), T, dtype=torch.int64, device=x.device)
-    given = lengths if isinstance(lengths, Tensor) else torch.as_tensor(lengths)
-    if given.numel() == 0:
-        given = given.long()
-    if given.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
-            f"{who}: {name}'s lengths must be whole numbers (int32 or int64), got {given.dtype}"
-        )
-    if given.shape != (B,):
-        raise ValueError(
-            f"{who}: {name}'s lengths must be one number a row, [{B}], got {list(given.shape)}"
-        )
-    on_cpu = given.device.type == "cpu" and not torch.compiler.is_compiling()
-    if B and (validate or on_cpu):
-        low, high = (int(bound) for bound in torch.aminmax(given))
-        if low < 0 or high > T:
-            raise ValueError(
-                f"{who}: {name}'s lengths must be between 0 and T = {T}, "
-                f"got {low if low < 0 else high}"
-            )
-    return given.to(device=x.device, dtype=torch.int64)
-
-
-def _check_ids(who: str, name: str, ids: Tensor, lengths: Tensor, V: int) -> None:
-    if torch.compiler.is_compiling() or ids.numel() == 0:
-        return
-    low, high = (int(bound) for bound in torch.aminmax(ids))
-    if 0 <= low and high < V:
-        return
-    # something is out of range: an error only where it is not padding
-    valid = torch.arange(ids.shape[1], device=ids.device) < lengths.unsqueeze(1)
-    read = ids[valid]
-    bad = read[(read < 0) | (read >= V)]
-    if bad.numel():
-        raise ValueError(
-            f"{who}: {name}'s ids must be between 0 and V - 1 = {V - 1}, got {int(bad[0])}"
-        )
+def _check_scale(who: str, scale: float | Tensor) -> None:
+    if isinstance(scale, Tensor):
+        if scale.numel() != 1:
+            raise ValueError(f"{who}: scale must have one element, got {list(scale.shape)}")
+    elif not scale > 0:
+        raise ValueError(f"{who}: scale must be positive, got {scale}")

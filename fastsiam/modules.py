@@ -1,43 +1,31 @@
-"""`SiameseLSTM`: parameters, options, `forward`."""
+"""`SiameseLSTM` and `SiameseGRU`: parameters, options, `forward`."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+import warnings
+from collections.abc import Callable
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fastsiam import functional
 from fastsiam._backend import BACKENDS
+from fastsiam._checks import GATES, POOLINGS
 from fastsiam.functional import Lengths, Prepared, Weights
 
+Network = TypeVar("Network", bound=nn.RNNBase)
 
-class SiameseLSTM(nn.Module):
-    """Two sequences through one LSTM, scored by exp(-scale * L1) of their vectors.
 
-    MaLSTM (Mueller and Thyagarajan, "Siamese Recurrent Architectures for Learning Sentence
-    Similarity", AAAI 2016). Parameters carry nn.LSTM's names, so its state_dict loads as it is.
+class _Siamese(nn.Module):
+    """What `SiameseLSTM` and `SiameseGRU` share: all but the cell's name."""
 
-    Args:
-        input_size: D, features of a step.
-        hidden_size: H.
-        num_layers: 1.
-        bias: whether the gates have nn.LSTM's two biases.
-        dropout: 0.0.
-        bidirectional: False.
-        embedding: [V, D] tensor or nn.Embedding: inputs are then integer ids.
-        freeze_embedding: whether the embedding does not train.
-        pooling: "last", the state at the last valid step. A call may give masks instead.
-        scale: factor on L1, > 0; 1 in the paper, a quarter scores higher on SICK.
-        learn_scale: whether the factor trains; its logarithm is then the parameter `log_scale`.
-        backend: "auto", "triton", "torch", "lstm" or "reference". A named one runs or raises.
-        device, dtype: of the parameters; float64, float32, float16 or bfloat16.
-
-    Raises:
-        ValueError: an argument out of range.
-        NotImplementedError: an option that is not there yet.
-    """
+    cell: str
+    weight_ih_l0: nn.Parameter
+    weight_hh_l0: nn.Parameter
+    bias_ih_l0: nn.Parameter | None
+    bias_hh_l0: nn.Parameter | None
 
     def __init__(
         self,
@@ -58,18 +46,28 @@ class SiameseLSTM(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check_options(num_layers, dropout, bidirectional, pooling)
-        if input_size < 1 or hidden_size < 1:
-            raise ValueError(
-                "SiameseLSTM: input_size and hidden_size must be at least 1, "
-                f"got {input_size} and {hidden_size}"
+        who = type(self).__name__
+        sizes = {"input_size": input_size, "hidden_size": hidden_size, "num_layers": num_layers}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{who}: {name} must be at least 1, got {size}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"{who}: dropout must be at least 0 and below 1, got {dropout}")
+        if dropout and num_layers == 1:
+            warnings.warn(
+                f"{who}: dropout={dropout} acts between layers, and there is one layer",
+                stacklevel=3,
             )
         if not (scale > 0 and math.isfinite(scale)):
-            raise ValueError(f"SiameseLSTM: scale must be positive and finite, got {scale}")
-        if backend not in BACKENDS:
-            raise ValueError(
-                f"SiameseLSTM: backend must be one of {', '.join(BACKENDS)}, got {backend!r}"
-            )
+            raise ValueError(f"{who}: scale must be positive and finite, got {scale}")
+        for name, value, allowed in (
+            ("pooling", pooling, POOLINGS),
+            ("backend", backend, BACKENDS),
+        ):
+            if value not in allowed:
+                raise ValueError(
+                    f"{who}: {name} must be one of {', '.join(allowed)}, got {value!r}"
+                )
         self.input_size = input_size
         self.hidden_size = hidden_size
         self.num_layers = num_layers
@@ -79,15 +77,17 @@ class SiameseLSTM(nn.Module):
         self.pooling = pooling
         self.backend = backend
         options: dict[str, Any] = {"device": device, "dtype": dtype}
-        gates = 4 * hidden_size
-        self.weight_ih_l0 = nn.Parameter(torch.empty(gates, input_size, **options))
-        self.weight_hh_l0 = nn.Parameter(torch.empty(gates, hidden_size, **options))
-        if bias:
-            self.bias_ih_l0 = nn.Parameter(torch.empty(gates, **options))
-            self.bias_hh_l0 = nn.Parameter(torch.empty(gates, **options))
-        else:
-            self.register_parameter("bias_ih_l0", None)
-            self.register_parameter("bias_hh_l0", None)
+        rows, directions = GATES[self.cell] * hidden_size, 2 if bidirectional else 1
+        for layer in range(num_layers):
+            columns = input_size if layer == 0 else directions * hidden_size
+            for suffix in ("", "_reverse")[:directions]:
+                shapes = ((rows, columns), (rows, hidden_size), (rows,), (rows,))
+                for name, shape in zip(Weights._fields, shapes, strict=True):
+                    given = bias or name.startswith("weight")
+                    self.register_parameter(
+                        f"{name}_l{layer}{suffix}",
+                        nn.Parameter(torch.empty(shape, **options)) if given else None,
+                    )
         self.reset_parameters()
         # a fixed scale is neither parameter nor buffer: it is an option, saved with the options
         self._scale = float(scale)
@@ -95,15 +95,16 @@ class SiameseLSTM(nn.Module):
             self.log_scale = nn.Parameter(torch.tensor(math.log(scale), **options))
         else:
             self.register_parameter("log_scale", None)
-        self.embedding = _own_embedding(embedding, freeze_embedding, input_size, options)
+        self.embedding = _own_embedding(who, embedding, freeze_embedding, input_size, options)
         self._cache = _PreparedCache()
 
     def reset_parameters(self) -> None:
-        """Draw every weight and bias from U(-1/sqrt(H), 1/sqrt(H)), as nn.LSTM does."""
+        """Draw every weight and bias from U(-1/sqrt(H), 1/sqrt(H)), as nn.LSTM and nn.GRU do."""
         bound = self.hidden_size**-0.5
-        for parameter in self._weights():
-            if parameter is not None:
-                nn.init.uniform_(parameter, -bound, bound)
+        for weights in self._weights():
+            for parameter in weights:
+                if parameter is not None:
+                    nn.init.uniform_(parameter, -bound, bound)
 
     @property
     def scale(self) -> float | Tensor:
@@ -164,10 +165,18 @@ class SiameseLSTM(nn.Module):
         mask: Tensor | None = None,
         validate: bool = False,
     ) -> Tensor:
-        """Return the sentence vectors, [B, H] in the parameters' dtype; arguments as one side."""
-        return functional.lstm_encode(
+        """Return the sentence vectors in the parameters' dtype; arguments as one side of `forward`.
+
+        Returns:
+            [B, H], or [B, 2H] of a bidirectional module: forward, then reverse.
+        """
+        return functional.siamese_encode(
             x,
             self._weights(),
+            cell=self.cell,
+            bidirectional=self.bidirectional,
+            pooling=self.pooling,
+            dropout=self.dropout if self.training else 0.0,
             embedding=self._table(),
             lengths=lengths,
             mask=mask,
@@ -184,60 +193,28 @@ class SiameseLSTM(nn.Module):
         """
         where = self.weight_hh_l0.device if device is None else torch.device(device)
         backend, reason = functional.explain(
-            self._weights(), where, self.backend, who="SiameseLSTM.explain"
+            self._weights(), where, self.backend, who=f"{type(self).__name__}.explain"
         )
+        weight = self.weight_hh_l0
         return (
             f"{backend}: {reason} (H = {self.hidden_size}, "
-            f"{str(self.weight_hh_l0.dtype).removeprefix('torch.')} on {where.type})"
+            f"{str(weight.dtype).removeprefix('torch.')} on {where.type})"
         )
-
-    @classmethod
-    def from_lstm(cls, lstm: nn.LSTM, **options: Any) -> SiameseLSTM:
-        """Make a module with a copy of an nn.LSTM's weights; options as for the constructor.
-
-        Raises:
-            ValueError: the LSTM projects its state (proj_size).
-            NotImplementedError: it has an option that is not there yet.
-        """
-        if lstm.proj_size:
-            raise ValueError(
-                f"SiameseLSTM.from_lstm: proj_size must be 0, got {lstm.proj_size}; "
-                "a projected state is another network"
-            )
-        weight = lstm.weight_hh_l0
-        made = cls(
-            lstm.input_size,
-            lstm.hidden_size,
-            lstm.num_layers,
-            lstm.bias,
-            lstm.dropout,
-            lstm.bidirectional,
-            **{"device": weight.device, "dtype": weight.dtype, **options},
-        )
-        made.load_state_dict(lstm.state_dict(), strict=False)
-        return made
-
-    def to_lstm(self) -> nn.LSTM:
-        """Return an nn.LSTM (batch_first) with a copy of the weights."""
-        weight = self.weight_hh_l0
-        lstm = nn.LSTM(
-            self.input_size,
-            self.hidden_size,
-            bias=self.bias,
-            batch_first=True,
-            device=weight.device,
-            dtype=weight.dtype,
-        )
-        own = self.state_dict()
-        lstm.load_state_dict({name: own[name] for name in lstm.state_dict()})
-        return lstm
 
     def extra_repr(self) -> str:
         """Return the options that repr shows."""
         scale = "learned" if self.log_scale is not None else f"{self._scale:g}"
-        return (
-            f"{self.input_size}, {self.hidden_size}, bias={self.bias}, "
-            f"pooling={self.pooling!r}, scale={scale}, backend={self.backend!r}"
+        unusual = [
+            f"num_layers={self.num_layers}" if self.num_layers > 1 else "",
+            f"dropout={self.dropout:g}" if self.dropout else "",
+            "bidirectional=True" if self.bidirectional else "",
+        ]
+        return ", ".join(
+            [
+                f"{self.input_size}, {self.hidden_size}, bias={self.bias}",
+                *filter(None, unusual),
+                f"pooling={self.pooling!r}, scale={scale}, backend={self.backend!r}",
+            ]
         )
 
     def _score(
@@ -252,10 +229,14 @@ class SiameseLSTM(nn.Module):
         *,
         log: bool,
     ) -> Tensor:
-        return functional.siamese_lstm(
+        return functional.siamese_similarity(
             left,
             right,
             self._weights(),
+            cell=self.cell,
+            bidirectional=self.bidirectional,
+            pooling=self.pooling,
+            dropout=self.dropout if self.training else 0.0,
             embedding=self._table(),
             left_lengths=left_lengths,
             right_lengths=right_lengths,
@@ -268,8 +249,14 @@ class SiameseLSTM(nn.Module):
             validate=validate,
         )
 
-    def _weights(self) -> Weights:
-        return Weights(self.weight_ih_l0, self.weight_hh_l0, self.bias_ih_l0, self.bias_hh_l0)
+    def _weights(self) -> list[Weights]:
+        """Return the weights in nn.LSTM's order: layer by layer, forward before reverse."""
+        suffixes = ("", "_reverse") if self.bidirectional else ("",)
+        return [
+            Weights(*(getattr(self, f"{name}_l{layer}{suffix}") for name in Weights._fields))
+            for layer in range(self.num_layers)
+            for suffix in suffixes
+        ]
 
     def _table(self) -> Tensor | None:
         return None if self.embedding is None else self.embedding.weight
@@ -279,7 +266,114 @@ class SiameseLSTM(nn.Module):
         table = self._table()
         if table is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
-        return self._cache.get(self._weights(), table, self.backend)
+        first_layer = self._weights()[: 2 if self.bidirectional else 1]
+        return self._cache.get(first_layer, table, self.backend, self.cell)
+
+    @classmethod
+    def _from_torch(cls, network: nn.RNNBase, who: str, options: dict[str, Any]) -> Self:
+        """Make a module with a copy of the weights of an nn.LSTM or nn.GRU."""
+        if network.proj_size:
+            raise ValueError(
+                f"{who}: proj_size must be 0, got {network.proj_size}; "
+                "a projected state is another network"
+            )
+        weight = network.weight_hh_l0
+        made = cls(
+            network.input_size,
+            network.hidden_size,
+            network.num_layers,
+            network.bias,
+            network.dropout,
+            network.bidirectional,
+            **{"device": weight.device, "dtype": weight.dtype, **options},
+        )
+        made.load_state_dict(network.state_dict(), strict=False)
+        return made
+
+    def _load_into(self, kind: Callable[..., Network]) -> Network:
+        """Return an nn.LSTM or nn.GRU (batch_first) with a copy of the weights."""
+        weight = self.weight_hh_l0
+        network = kind(
+            self.input_size,
+            self.hidden_size,
+            self.num_layers,
+            bias=self.bias,
+            batch_first=True,
+            dropout=self.dropout,
+            bidirectional=self.bidirectional,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+        own = self.state_dict()
+        network.load_state_dict({name: own[name] for name in network.state_dict()})
+        return network
+
+
+class SiameseLSTM(_Siamese):
+    """Two sequences through one LSTM, scored by exp(-scale * L1) of their vectors.
+
+    MaLSTM (Mueller and Thyagarajan, "Siamese Recurrent Architectures for Learning Sentence
+    Similarity", AAAI 2016). Parameters carry nn.LSTM's names, so its state_dict loads as it is.
+
+    Args:
+        input_size: D, features of a step.
+        hidden_size: H.
+        num_layers: each runs over the hidden states of the one before.
+        bias: whether the gates have nn.LSTM's two biases.
+        dropout: probability, 0 <= p < 1, with which a layer's outputs are dropped in train() before
+            the next layer. Both sides of a pair and all steps have one mask: with a mask each,
+            equal sentences would differ.
+        bidirectional: whether each layer also runs from the last valid step to the first; a vector
+            then has 2H values.
+        embedding: [V, D] tensor or nn.Embedding: inputs are then integer ids.
+        freeze_embedding: whether the embedding does not train.
+        pooling: "last", the state after the last step each direction reads; "mean" or "max" of each
+            unit over the valid steps. A call may give masks instead.
+        scale: factor on L1, > 0; 1 in the paper, a quarter scores higher on SICK.
+        learn_scale: whether the factor trains; its logarithm is then the parameter `log_scale`.
+        backend: "auto", "triton", "torch", "lstm" or "reference". A named one runs or raises.
+        device, dtype: of the parameters; float64, float32, float16 or bfloat16.
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+
+    cell = "lstm"
+
+    @classmethod
+    def from_lstm(cls, lstm: nn.LSTM, **options: Any) -> SiameseLSTM:
+        """Make a module with a copy of an nn.LSTM's weights; options as for the constructor.
+
+        Raises:
+            ValueError: the LSTM projects its state (proj_size).
+        """
+        return cls._from_torch(lstm, "SiameseLSTM.from_lstm", options)
+
+    def to_lstm(self) -> nn.LSTM:
+        """Return an nn.LSTM (batch_first) with a copy of the weights."""
+        return self._load_into(nn.LSTM)
+
+
+class SiameseGRU(_Siamese):
+    """Two sequences through one GRU, scored by exp(-scale * L1) of their vectors.
+
+    Arguments and calls are those of `SiameseLSTM`; equations, names and gate order (r, z, n) those
+    of nn.GRU, whose reset gate acts after the product with the hidden state.
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+
+    cell = "gru"
+
+    @classmethod
+    def from_gru(cls, gru: nn.GRU, **options: Any) -> SiameseGRU:
+        """Make a module with a copy of an nn.GRU's weights; options as for the constructor."""
+        return cls._from_torch(gru, "SiameseGRU.from_gru", options)
+
+    def to_gru(self) -> nn.GRU:
+        """Return an nn.GRU (batch_first) with a copy of the weights."""
+        return self._load_into(nn.GRU)
 
 
 class _PreparedCache:
@@ -295,8 +389,10 @@ class _PreparedCache:
         self._copies: list[Tensor] = []
         self._prepared: Prepared | None = None
 
-    def get(self, weights: Weights, table: Tensor, backend: str) -> Prepared | None:
-        tensors = [t for t in (*weights, table) if t is not None]
+    def get(
+        self, directions: list[Weights], table: Tensor, backend: str, cell: str
+    ) -> Prepared | None:
+        tensors = [t for weights in directions for t in weights if t is not None] + [table]
         device = table.device.type
         counted = not any(t.is_inference() for t in tensors)
         if device != "cpu" and not counted:
@@ -314,7 +410,9 @@ class _PreparedCache:
             torch.equal(now, then) for now, then in zip(watched, self._copies, strict=True)
         )
         if not same:
-            self._prepared = functional.prepare(weights, table, backend)
+            self._prepared = functional.prepare(
+                directions, table, backend, cell=cell, bidirectional=len(directions) == 2
+            )
             self._copies = [t.detach().clone() for t in watched]
             self._key = key
         return self._prepared
@@ -326,24 +424,8 @@ class _PreparedCache:
         return (_PreparedCache, ())
 
 
-def _check_options(num_layers: int, dropout: float, bidirectional: bool, pooling: str) -> None:
-    missing = {
-        f"num_layers={num_layers}": num_layers != 1,
-        f"dropout={dropout}": dropout != 0.0,
-        "bidirectional=True": bidirectional,
-        f"pooling={pooling!r}": pooling in ("mean", "max"),
-    }
-    for option, asked in missing.items():
-        if asked:
-            raise NotImplementedError(
-                f"SiameseLSTM: {option} is not there yet; what there is: num_layers=1, "
-                "dropout=0.0, bidirectional=False, pooling='last' or masks given to the call"
-            )
-    if pooling != "last":
-        raise ValueError(f"SiameseLSTM: pooling must be last, mean or max, got {pooling!r}")
-
-
 def _own_embedding(
+    who: str,
     embedding: Tensor | nn.Embedding | None,
     freeze: bool,
     D: int,
@@ -355,7 +437,7 @@ def _own_embedding(
     table = embedding.weight if isinstance(embedding, nn.Embedding) else embedding
     if table.ndim != 2 or table.shape[1] != D or not table.is_floating_point():
         raise ValueError(
-            f"SiameseLSTM: embedding must be floating point [V, D] with D = {D}, "
+            f"{who}: embedding must be floating point [V, D] with D = {D}, "
             f"got {list(table.shape)} of {table.dtype}"
         )
     if isinstance(embedding, nn.Embedding):

@@ -11,33 +11,31 @@ import torch
 from torch import Tensor
 
 
-def encode(
+def lstm_states(
     x: Tensor,
     lengths: Tensor,
-    mask: Tensor | None,
     weight_ih: Tensor,
     weight_hh: Tensor,
     bias: Tensor | None,
+    reverse: bool = False,
 ) -> Tensor:
-    """Run an LSTM from zero state and return one vector a sequence.
+    """Run one direction of an LSTM layer from zero state and return its hidden states.
 
     Args:
         x: [N, T, D] inputs; what stands at step >= length is not read.
         lengths: [N] valid steps, 0 <= length <= T.
-        mask: [N, T] weights of the steps in the sum, or None for the last valid state.
         weight_ih: [4H, D], gates i, f, g, o.
         weight_hh: [4H, H].
         bias: [4H], the sum of nn.LSTM's two biases, or None.
+        reverse: whether to run from the last valid step to the first.
 
     Returns:
-        [N, H]: h at step length - 1 (zero for length 0), or sum_t mask[:, t] h_t over valid steps.
+        [N, T, H]: the state after reading each step; zero behind a sequence's end.
     """
     N, T, _ = x.shape
-    H = weight_hh.shape[1]
-    h = x.new_zeros(N, H)
-    c = x.new_zeros(N, H)
-    pooled = x.new_zeros(N, H)
-    for t in range(T):
+    h = c = x.new_zeros(N, weight_hh.shape[1])
+    states: list[Tensor] = [h] * T
+    for t in reversed(range(T)) if reverse else range(T):
         alive = (t < lengths).unsqueeze(1)
         # chosen before it is multiplied, so NaN in the padding reaches neither value nor gradient
         a = torch.where(alive, x[:, t], 0) @ weight_ih.T + h @ weight_hh.T
@@ -46,11 +44,43 @@ def encode(
         i, f, g, o = a.chunk(4, dim=1)
         c_next = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
         h_next = torch.sigmoid(o) * torch.tanh(c_next)
-        c = torch.where(alive, c_next, c)
-        h = torch.where(alive, h_next, h)
-        if mask is not None:
-            pooled = pooled + torch.where(alive, mask[:, t : t + 1], 0) * h_next
-    return h if mask is None else pooled
+        c = torch.where(alive, c_next, 0)
+        h = torch.where(alive, h_next, 0)
+        states[t] = h
+    return torch.stack(states, dim=1)
+
+
+STATES = {"lstm": lstm_states}
+
+
+def pool(
+    states: Tensor, lengths: Tensor, pooling: str, mask: Tensor | None, reverse: bool = False
+) -> Tensor:
+    """Turn one direction's hidden states into one vector a sequence.
+
+    Args:
+        states: [N, T, H], T at least 1, finite.
+        lengths: [N].
+        pooling: "last", the state after the last step in the order they were read; "max", the
+            largest value of each unit (among equals the gradient goes to the one read first);
+            "mask", sum_t mask[:, t] h_t over valid steps.
+        mask: [N, T] for "mask", else None.
+        reverse: whether the steps were read from the last to the first.
+
+    Returns:
+        [N, H]; zero for length 0.
+    """
+    valid = torch.arange(states.shape[1], device=states.device) < lengths.unsqueeze(1)
+    if pooling == "mask" and mask is not None:
+        return torch.einsum("nt,nth->nh", torch.where(valid, mask, 0).to(states.dtype), states)
+    if pooling == "max":
+        if reverse:
+            states, valid = states.flip(1), valid.flip(1)
+        at = torch.where(valid.unsqueeze(2), states, -torch.inf).argmax(dim=1, keepdim=True)
+    else:
+        last = torch.zeros_like(lengths) if reverse else (lengths - 1).clamp(min=0)
+        at = last.long().view(-1, 1, 1).expand(-1, 1, states.shape[2])
+    return torch.where((lengths > 0).unsqueeze(1), states.gather(1, at).squeeze(1), 0)
 
 
 def manhattan_distance(u: Tensor, v: Tensor) -> Tensor:

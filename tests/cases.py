@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastsiam import reference
-from fastsiam.functional import Weights, lstm_encode, siamese_lstm
+from fastsiam.functional import Weights, siamese_encode, siamese_similarity
 
 # conftest.py decides it
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
@@ -214,11 +214,11 @@ def compute(case: Case, inputs: Inputs, backend: str, dtype: torch.dtype) -> Res
     options = {"embedding": given.pop("embedding", None), "backend": backend}
 
     def score(log: bool) -> Tensor:
-        return siamese_lstm(left, right, weights, scale=scale, log=log, **options, **given)
+        return siamese_similarity(left, right, weights, scale=scale, log=log, **options, **given)
 
     def encode(x: Tensor, side: str) -> Tensor:
         own = {name: given.get(f"{side}_{name}") for name in ("lengths", "mask")}
-        return lstm_encode(x, weights, **options, **own)
+        return siamese_encode(x, weights, **options, **own)
 
     if case.call == "encode":
         with torch.no_grad():

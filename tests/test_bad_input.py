@@ -11,7 +11,13 @@ from cases import DEVICE
 from torch import nn
 
 from fastsiam import SiameseLSTM
-from fastsiam.functional import Weights, lstm_encode, manhattan_similarity, prepare, siamese_lstm
+from fastsiam.functional import (
+    Weights,
+    manhattan_similarity,
+    prepare,
+    siamese_encode,
+    siamese_similarity,
+)
 
 B, T, D, H, V = 3, 4, 5, 6, 10
 
@@ -150,7 +156,9 @@ BAD_CALLS = {
 
 @pytest.mark.parametrize(("call", "message"), BAD_CALLS.values(), ids=BAD_CALLS)
 def test_bad_call(call, message):
-    with pytest.raises(ValueError, match=f"^(siamese_lstm|lstm_encode): .*{message}") as error:
+    with pytest.raises(
+        ValueError, match=f"^(siamese_similarity|siamese_encode): .*{message}"
+    ) as error:
         call()
     assert "\n" not in str(error.value)
 
@@ -232,42 +240,48 @@ def weights(**changes):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: siamese_lstm(x(), x(), weights(), scale=0.0), "scale must be positive, got 0"),
-        (lambda: siamese_lstm(x(), x(), weights(), scale=-2), "scale must be positive, got -2"),
         (
-            lambda: siamese_lstm(x(), x(), weights(), scale=torch.ones(2)),
+            lambda: siamese_similarity(x(), x(), weights(), scale=0.0),
+            "scale must be positive, got 0",
+        ),
+        (
+            lambda: siamese_similarity(x(), x(), weights(), scale=-2),
+            "scale must be positive, got -2",
+        ),
+        (
+            lambda: siamese_similarity(x(), x(), weights(), scale=torch.ones(2)),
             r"scale must have one element, got \[2\]",
         ),
         (
-            lambda: siamese_lstm(x(), x(), weights(), backend="gpu"),
+            lambda: siamese_similarity(x(), x(), weights(), backend="gpu"),
             "backend must be one of auto, .* got 'gpu'",
         ),
         (
-            lambda: siamese_lstm(ids(), ids(), weights(), embedding=x(V, D + 1)),
+            lambda: siamese_similarity(ids(), ids(), weights(), embedding=x(V, D + 1)),
             r"embedding must be \[V, D\] with D = 5, got \[10, 6\]",
         ),
         (
-            lambda: siamese_lstm(ids(), ids(), weights(), embedding=x(V, D).double()),
+            lambda: siamese_similarity(ids(), ids(), weights(), embedding=x(V, D).double()),
             "embedding must have the weights' dtype torch.float32, got torch.float64",
         ),
         (
-            lambda: lstm_encode(x(), weights(weight_hh=x(4 * H + 1, H))),
+            lambda: siamese_encode(x(), weights(weight_hh=x(4 * H + 1, H))),
             r"weight_hh must be \[24, 6\] .* got \[25, 6\]",
         ),
         (
-            lambda: lstm_encode(x(), weights(weight_ih=x(3 * H, D))),
+            lambda: siamese_encode(x(), weights(weight_ih=x(3 * H, D))),
             r"weight_ih must be \[24, 5\] .* got \[18, 5\]",
         ),
         (
-            lambda: lstm_encode(x(), weights(bias_hh=x(H))),
+            lambda: siamese_encode(x(), weights(bias_hh=x(H))),
             r"bias_hh must be \[24\] .* got \[6\]",
         ),
         (
-            lambda: lstm_encode(x(), weights(bias_hh=None)),
+            lambda: siamese_encode(x(), weights(bias_hh=None)),
             "bias_ih and bias_hh must be given together or not at all",
         ),
         (
-            lambda: lstm_encode(x(), weights(bias_hh=x(4 * H).double())),
+            lambda: siamese_encode(x(), weights(bias_hh=x(4 * H).double())),
             "all weights must have one dtype, got bias_hh of torch.float64",
         ),
         (

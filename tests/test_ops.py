@@ -6,7 +6,7 @@ from cases import DEVICE
 from torch.library import opcheck
 
 from fastsiam import SiameseLSTM, _ops
-from fastsiam.functional import Weights, lstm_encode, siamese_lstm
+from fastsiam.functional import Weights, siamese_encode, siamese_similarity
 
 B, T, D, H, V = 2, 3, 3, 5, 4
 N = 2 * B
@@ -85,10 +85,10 @@ def test_gradcheck_of_the_batched_backend(ids, log):
         if mask is not None:
             masks = {"left_mask": mask[:B], "right_mask": mask[B:]}
         lengths = {"left_lengths": [3, 1], "right_lengths": [2, 1]}
-        pair = siamese_lstm(
+        pair = siamese_similarity(
             steps[:B], steps[B:], weights, scale=scale, log=log, **lengths, **masks, **options
         )
-        return pair, lstm_encode(steps, weights, lengths=[3, 0, 2, 1], mask=mask, **options)
+        return pair, siamese_encode(steps, weights, lengths=[3, 0, 2, 1], mask=mask, **options)
 
     assert torch.autograd.gradcheck(score, leaves)
 

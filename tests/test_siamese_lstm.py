@@ -8,7 +8,7 @@ from cases import CASES, DEVICE, LARGE, Case, compute, define, make_inputs
 from tolerance import assert_accurate
 
 from fastsiam import SiameseLSTM
-from fastsiam.functional import Weights, lstm_encode, siamese_lstm
+from fastsiam.functional import Weights, siamese_encode, siamese_similarity
 
 SOME = [
     Case(B=17, T_left=7, T_right=5, H=50, mask=True, inputs="ids, trained"),
@@ -287,7 +287,7 @@ def test_hypothesis_shapes_against_nn_lstm():
             for s in sides
         )
         weights = Weights(*lstm.parameters())
-        actual = siamese_lstm(
+        actual = siamese_similarity(
             left,
             right,
             weights,
@@ -337,7 +337,7 @@ def test_encode_alone(backend):
     torch.manual_seed(0)
     lstm = torch.nn.LSTM(4, 6, batch_first=True).to(DEVICE)
     x = torch.randn(3, 5, 4, device=DEVICE)
-    h = lstm_encode(x, Weights(*lstm.parameters()), lengths=[5, 2, 0], backend=backend)
+    h = siamese_encode(x, Weights(*lstm.parameters()), lengths=[5, 2, 0], backend=backend)
     y = lstm(x)[0]
     expected = torch.stack((y[0, 4], y[1, 1], torch.zeros_like(y[0, 0])))
     torch.testing.assert_close(h, expected)

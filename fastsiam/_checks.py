@@ -1,0 +1,184 @@
+"""What must hold of the arguments of the public functions, one sentence each where it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Lengths = Tensor | Sequence[int] | None
+
+GATES = {"lstm": 4, "gru": 3}
+POOLINGS = ("last", "mean", "max")
+
+
+class Weights(NamedTuple):
+    """The weights of one direction of a layer under nn.LSTM's names, of one dtype and device.
+
+    weight_ih [4H, D], weight_hh [4H, H], bias_ih and bias_hh [4H] or both None; gates i, f, g, o.
+    Of a GRU as nn.GRU has them: 3H rows, gates r, z, n.
+    """
+
+    weight_ih: Tensor
+    weight_hh: Tensor
+    bias_ih: Tensor | None = None
+    bias_hh: Tensor | None = None
+
+
+def check_network(
+    who: str, weights: Sequence[Weights], cell: str, bidirectional: bool, pooling: str
+) -> list[Sequence[Weights]]:
+    """Check all weights against each other; return those of each layer.
+
+    Raises:
+        ValueError: they are not the layers of one network.
+    """
+    if cell not in GATES:
+        raise ValueError(f"{who}: cell must be one of {', '.join(GATES)}, got {cell!r}")
+    if pooling not in POOLINGS:
+        raise ValueError(f"{who}: pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
+    P = 2 if bidirectional else 1
+    if not weights or len(weights) % P:
+        raise ValueError(
+            f"{who}: weights must be {P} a layer (bidirectional={bidirectional}), "
+            f"got {len(weights)} in all"
+        )
+    layers = [weights[first : first + P] for first in range(0, len(weights), P)]
+    H = weights[0].weight_hh.shape[-1]
+    dtype, has_bias = weights[0].weight_hh.dtype, weights[0].bias_ih is not None
+    for depth, layer in enumerate(layers):
+        D = layer[0].weight_ih.shape[-1] if depth == 0 else P * H
+        for direction in layer:
+            _check_weights(who, direction, GATES[cell] * H, H, D, dtype, has_bias)
+    return layers
+
+
+def _check_weights(
+    who: str, weights: Weights, rows: int, H: int, D: int, dtype: torch.dtype, has_bias: bool
+) -> None:
+    wanted = ((rows, D), (rows, H), (rows,), (rows,))
+    for name, weight, shape in zip(Weights._fields, weights, wanted, strict=True):
+        if weight is not None and weight.shape != shape:
+            raise ValueError(
+                f"{who}: {name} must be {list(shape)} for H = {H} (the columns of weight_hh), "
+                f"got {list(weight.shape)}"
+            )
+        if weight is not None and weight.dtype != dtype:
+            raise ValueError(
+                f"{who}: all weights must have one dtype, got {name} of {weight.dtype} and "
+                f"weight_hh of {dtype}"
+            )
+    if (weights.bias_ih is None) != (weights.bias_hh is None):
+        raise ValueError(f"{who}: bias_ih and bias_hh must be given together or not at all")
+    if (weights.bias_ih is not None) != has_bias:
+        raise ValueError(f"{who}: every layer and direction must have biases, or none")
+
+
+def check_side(
+    who: str,
+    name: str,
+    x: Tensor,
+    lengths: Lengths,
+    mask: Tensor | None,
+    weight: Tensor,
+    embedding: Tensor | None,
+    validate: bool,
+) -> tuple[Tensor, Tensor]:
+    """Check one side's arguments; return it and its lengths as a tensor on its device.
+
+    `weight` is the first layer's weight_ih.
+    """
+    D = weight.shape[1]
+    if x.device != weight.device:
+        raise ValueError(
+            f"{who}: {name} must be on the weights' device {weight.device}, got {x.device}"
+        )
+    if embedding is None:
+        if x.ndim != 3 or x.shape[2] != D:
+            raise ValueError(
+                f"{who}: {name} must be [B, T, D] with D = {D}, got {list(x.shape)}"
+                + ("; ids need an embedding" if x.ndim == 2 and not x.is_floating_point() else "")
+            )
+        autocast = torch.is_autocast_enabled(x.device.type) and x.is_floating_point()
+        if x.dtype != weight.dtype and not autocast:
+            raise ValueError(
+                f"{who}: {name} must have the weights' dtype {weight.dtype}, got {x.dtype}; "
+                f"convert it with .to({weight.dtype})"
+            )
+    else:
+        if x.ndim != 2 or x.dtype not in (torch.int32, torch.int64):
+            raise ValueError(
+                f"{who}: {name} must be integer ids [B, T] of dtype int32 or int64 where an "
+                f"embedding is given, got {list(x.shape)} of {x.dtype}"
+            )
+        if embedding.ndim != 2 or embedding.shape[1] != D:
+            raise ValueError(
+                f"{who}: embedding must be [V, D] with D = {D}, got {list(embedding.shape)}"
+            )
+        if embedding.dtype != weight.dtype:
+            raise ValueError(
+                f"{who}: embedding must have the weights' dtype {weight.dtype}, "
+                f"got {embedding.dtype}"
+            )
+    B, T = x.shape[:2]
+    if mask is not None:
+        if mask.shape != (B, T):
+            raise ValueError(
+                f"{who}: {name}'s mask must be [B, T] = {[B, T]}, got {list(mask.shape)}"
+            )
+        if mask.requires_grad:
+            raise ValueError(
+                f"{who}: {name}'s mask carries no gradient and must not require one; detach it"
+            )
+        if mask.device != x.device:
+            raise ValueError(
+                f"{who}: {name}'s mask must be on the device {x.device}, got {mask.device}"
+            )
+    valid_steps = _check_lengths(who, name, x, lengths, validate)
+    if embedding is not None and (validate or x.device.type == "cpu"):
+        _check_ids(who, name, x, valid_steps, embedding.shape[0])
+    return x, valid_steps
+
+
+def _check_lengths(who: str, name: str, x: Tensor, lengths: Lengths, validate: bool) -> Tensor:
+    B, T = x.shape[:2]
+    if lengths is None:
+        return torch.full((B,), T, dtype=torch.int64, device=x.device)
+    given = lengths if isinstance(lengths, Tensor) else torch.as_tensor(lengths)
+    if given.numel() == 0:
+        given = given.long()
+    if given.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"{who}: {name}'s lengths must be whole numbers (int32 or int64), got {given.dtype}"
+        )
+    if given.shape != (B,):
+        raise ValueError(
+            f"{who}: {name}'s lengths must be one number a row, [{B}], got {list(given.shape)}"
+        )
+    on_cpu = given.device.type == "cpu" and not torch.compiler.is_compiling()
+    if B and (validate or on_cpu):
+        low, high = (int(bound) for bound in torch.aminmax(given))
+        if low < 0 or high > T:
+            raise ValueError(
+                f"{who}: {name}'s lengths must be between 0 and T = {T}, "
+                f"got {low if low < 0 else high}"
+            )
+    return given.to(device=x.device, dtype=torch.int64)
+
+
+def _check_ids(who: str, name: str, ids: Tensor, lengths: Tensor, V: int) -> None:
+    if torch.compiler.is_compiling() or ids.numel() == 0:
+        return
+    low, high = (int(bound) for bound in torch.aminmax(ids))
+    if 0 <= low and high < V:
+        return
+    # something is out of range: an error only where it is not padding
+    valid = torch.arange(ids.shape[1], device=ids.device) < lengths.unsqueeze(1)
+    read = ids[valid]
+    bad = read[(read < 0) | (read >= V)]
+    if bad.numel():
+        raise ValueError(
+            f"{who}: {name}'s ids must be between 0 and V - 1 = {V - 1}, got {int(bad[0])}"
+        )
