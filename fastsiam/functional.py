@@ -296,7 +296,9 @@ def _run(
     pooling = network.pooling if mask is None else "mask"
     if pooling == "mean":
         pooling = "mask"
-        share = lengths.clamp(min=1).to(torch.promote_types(network.dtype, torch.float32))
+        share = lengths.clamp(1, max(x.shape[1], 1)).to(
+            torch.promote_types(network.dtype, torch.float32)
+        )
         mask = share.reciprocal_().unsqueeze(1).expand(-1, x.shape[1])
     # the kernels address these by rows without gaps
     lengths = lengths.contiguous()
@@ -522,9 +524,9 @@ def manhattan_topk(
 
     Returns:
         Similarities [Q, k] in (0, 1], float32, descending, and row numbers [Q, k], int64. Of equal
-        ones the smaller row number comes first; rows with a NaN come last. L1 is summed in float32
-        (float64 for float64) and ranked in float32. Neither carries a gradient: where one is
-        wanted, score the rows that were found with `manhattan_similarity`.
+        distances the smaller row number comes first; rows with a NaN come last. L1 is summed in
+        float32 (float64 for float64) and compared in float32. Neither result carries a gradient:
+        where one is wanted, score the rows that were found with `manhattan_similarity`.
 
     Raises:
         ValueError: an argument of the wrong shape, dtype, device or range.
@@ -560,7 +562,7 @@ def manhattan_topk(
         distance, index = _ops.manhattan_topk(
             queries.contiguous(), corpus.contiguous(), k, choice.backend
         )
-        return torch.exp(distance * -scale), index
+        return torch.exp(distance * -scale).float(), index
 
 
 def _check_scale(who: str, scale: float | Tensor) -> None:

@@ -31,7 +31,9 @@ class Case:
     inputs: str = "dense"  # or "ids", "ids, trained": whether the embedding trains
     ids_dtype: torch.dtype = torch.int64
     vocabulary: str = "few"  # rows of the embedding: fewer than tokens, or "many"
-    mask: bool = False
+    pooling: str = "last"  # or "mean", "max", "mask"
+    directions: int = 1
+    layers: int = 1
     bias: bool = True
     strided: bool = False
     learned_scale: bool = False
@@ -46,7 +48,8 @@ class Case:
         dtype = str(self.dtype).removeprefix("torch.")
         words = [f"B{self.B}", f"T{self.T_left},{self.T_right}", f"H{self.H}", dtype]
         words += [self.lengths, self.inputs.replace(", ", "-"), self.call]
-        words += ["mask"] * self.mask + ["strided"] * self.strided
+        words += [self.pooling] * (self.pooling != "last") + ["strided"] * self.strided
+        words += ["both-ways"] * (self.directions == 2) + ["stacked"] * (self.layers > 1)
         return "-".join(words)
 
 
@@ -62,7 +65,9 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "inputs": ("dense", "ids", "ids, trained"),
     "ids_dtype": (torch.int64, torch.int32),
     "vocabulary": ("few", "many"),
-    "mask": (False, True),
+    "pooling": ("last", "mask", "mean", "max"),
+    "directions": (1, 2),
+    "layers": (1, 2),
     "bias": (True, False),
     "strided": (False, True),
     "learned_scale": (False, True),
@@ -73,6 +78,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
 def affordable(row: dict[str, Any]) -> bool:
     """Whether an interpreter gets through a row, or part of one, in seconds."""
     tokens = row.get("B", 1) * max(row.get("T_left", 1), row.get("T_right", 1))
+    tokens *= row.get("directions", 1) * row.get("layers", 1)
     streamed = row.get("dtype") == torch.float32 and row.get("H", 1) > 64
     full = row.get("lengths") in ("none", "full")
     return tokens <= (64 if streamed else 130 if full else 600)
@@ -104,7 +110,7 @@ CASES = [Case(**row) for row in covering_array(FACTORS, affordable)]
 # all lengths 0 leave nothing to compute, so they would spoil any other pair of values
 CASES += [
     Case(B=3, H=16, lengths="zeros"),
-    Case(B=17, H=3, lengths="zeros", inputs="ids, trained", dtype=torch.float16, mask=True),
+    Case(B=17, H=3, lengths="zeros", inputs="ids, trained", dtype=torch.float16, pooling="mask"),
     Case(B=1, H=50, lengths="zeros", inputs="ids", dtype=torch.bfloat16, call="encode"),
 ]
 
@@ -138,12 +144,13 @@ def make_inputs(case: Case) -> Inputs:
             * randn(*shape).sign()
         )
 
-    leaves = {
-        "weight_ih": rounded(randn(4 * H, D) / D**0.5),
-        "weight_hh": rounded(randn(4 * H, H) / H**0.5),
-    }
-    if case.bias:
-        leaves |= {"bias_ih": rounded(randn(4 * H)), "bias_hh": rounded(randn(4 * H))}
+    leaves = {}
+    for name, columns in weight_names(case):
+        leaves[f"weight_ih{name}"] = rounded(randn(4 * H, columns) / columns**0.5)
+        leaves[f"weight_hh{name}"] = rounded(randn(4 * H, H) / H**0.5)
+        if case.bias:
+            leaves[f"bias_ih{name}"] = rounded(randn(4 * H))
+            leaves[f"bias_hh{name}"] = rounded(randn(4 * H))
     if case.learned_scale:
         leaves["scale"] = torch.tensor(case.scale, dtype=torch.float32).double()
     sides = {"left": case.T_left, "right": case.T_right}
@@ -160,7 +167,7 @@ def make_inputs(case: Case) -> Inputs:
             ids = torch.randint(V, (B, T), generator=generator, dtype=case.ids_dtype)
             wild = torch.tensor([-1, V, -(2**31), 2**31 - 1], dtype=case.ids_dtype)
             fixed[side] = torch.where(behind, wild[ids % 4], ids)
-        if case.mask:
+        if case.pooling == "mask":
             fixed[f"{side}_mask"] = rounded(randn(B, T)).masked_fill(behind, torch.nan)
         if case.lengths != "none":
             as_list, dtype = case.lengths_as == "list", getattr(torch, case.lengths_as, None)
@@ -168,8 +175,18 @@ def make_inputs(case: Case) -> Inputs:
     if case.inputs != "dense":
         (leaves if case.inputs == "ids, trained" else fixed)["embedding"] = rows(V, D)
     # of one sign for pairs: the gradient of the scale is one number, their sum
-    upstream = rounded(randn(B, H) if case.call == "encode" else randn(B).abs())
+    width = case.directions * H
+    upstream = rounded(randn(B, width) if case.call == "encode" else randn(B).abs())
     return Inputs(leaves, fixed, (steps["left"], steps["right"]), upstream)
+
+
+def weight_names(case: Case) -> list[tuple[str, int]]:
+    """Return what nn.LSTM appends to a weight's name, and the columns of weight_ih."""
+    return [
+        (f"_l{layer}{direction}", case.directions * case.H if layer else case.D)
+        for layer in range(case.layers)
+        for direction in ("", "_reverse")[: case.directions]
+    ]
 
 
 def _lengths(case: Case, T: int, generator: torch.Generator) -> Tensor:
@@ -208,10 +225,18 @@ def compute(case: Case, inputs: Inputs, backend: str, dtype: torch.dtype) -> Res
         precise = torch.promote_types(dtype, torch.float32)
         leaves["scale"] = place(inputs.leaves["scale"], case, precise).requires_grad_()
     given = {name: place(t, case, dtype) for name, t in inputs.fixed.items()} | leaves
-    weights = Weights(*(given.pop(name, None) for name in Weights._fields))
+    weights = [
+        Weights(*(given.pop(field + name, None) for field in Weights._fields))
+        for name, _ in weight_names(case)
+    ]
     left, right = given.pop("left"), given.pop("right")
     scale = given.pop("scale", case.scale)
-    options = {"embedding": given.pop("embedding", None), "backend": backend}
+    options = {
+        "embedding": given.pop("embedding", None),
+        "backend": backend,
+        "bidirectional": case.directions == 2,
+        "pooling": "last" if case.pooling == "mask" else case.pooling,
+    }
 
     def score(log: bool) -> Tensor:
         return siamese_similarity(left, right, weights, scale=scale, log=log, **options, **given)
@@ -254,8 +279,6 @@ def define(case: Case, inputs: Inputs, dtype: torch.dtype, sign: Tensor | None =
         for name, t in inputs.leaves.items()
     }
     given = inputs.fixed | leaves
-    weights = [given.get(name) for name in Weights._fields]
-    bias = weights[2] + weights[3] if case.bias else None
     h = {}
     for side, lengths in zip(("left", "right"), inputs.steps, strict=True):
         lengths = lengths.to(DEVICE)
@@ -263,8 +286,11 @@ def define(case: Case, inputs: Inputs, dtype: torch.dtype, sign: Tensor | None =
         if case.inputs != "dense":
             valid = torch.arange(x.shape[1], device=DEVICE) < lengths.unsqueeze(1)
             x = F.embedding(torch.where(valid, x, 0), given["embedding"].to(DEVICE, dtype))
-        mask = None if mask is None else mask.to(DEVICE, dtype)
-        h[side] = reference.encode(x, lengths, mask, weights[0], weights[1], bias)
+        if case.pooling == "mask":
+            mask = mask.to(DEVICE, dtype)
+        elif case.pooling == "mean":
+            mask = (1 / lengths.clamp(min=1).to(precise)).unsqueeze(1).expand(-1, x.shape[1])
+        h[side] = _encode(case, given, x, lengths, mask)
     difference = h["left"].to(precise) - h["right"].to(precise)
     sign = difference.detach().sign() if sign is None else sign
     scale = given.get("scale", case.scale)
@@ -286,6 +312,25 @@ def define(case: Case, inputs: Inputs, dtype: torch.dtype, sign: Tensor | None =
     return results | _gradients(case, value, inputs, leaves)
 
 
+def _encode(
+    case: Case, given: dict[str, Any], x: Tensor, lengths: Tensor, mask: Tensor | None
+) -> Tensor:
+    pooling = "mask" if case.pooling == "mean" else case.pooling
+    vectors = []
+    for layer in range(case.layers):
+        directions = []
+        vectors = []
+        for reverse in (False, True)[: case.directions]:
+            name = f"_l{layer}" + "_reverse" * reverse
+            bias = given["bias_ih" + name] + given["bias_hh" + name] if case.bias else None
+            weights = given["weight_ih" + name], given["weight_hh" + name], bias
+            states = reference.lstm_states(x, lengths, *weights, reverse)
+            directions.append(states)
+            vectors.append(reference.pool(states, lengths, pooling, mask, reverse))
+        x = torch.cat(directions, dim=2)
+    return torch.cat(vectors, dim=1)
+
+
 # only compiled: rows enough to be grouped by length on any GPU, long sequences, many words
 LARGE = [
     Case(B=1024, T_left=32, T_right=32, D=300, H=128, dtype=torch.bfloat16, lengths="full"),
@@ -293,5 +338,7 @@ LARGE = [
     Case(B=4099, T_left=24, T_right=37, D=31, H=64, inputs="ids, trained"),
     Case(B=257, T_left=73, T_right=73, D=300, H=100, dtype=torch.float16, inputs="ids, trained"),
     Case(B=32, T_left=73, T_right=73, D=300, H=50, call="log_similarity", learned_scale=True),
-    Case(B=33, T_left=300, T_right=3, D=7, H=128, mask=True, call="encode"),
+    Case(B=33, T_left=300, T_right=3, D=7, H=128, pooling="mask", call="encode"),
+    Case(B=4099, T_left=24, T_right=37, D=31, H=50, inputs="ids", directions=2, pooling="max"),
+    Case(B=257, T_left=73, T_right=20, D=31, H=100, layers=2, directions=2, inputs="ids, trained"),
 ]

@@ -182,14 +182,14 @@ def test_no_backend_is_laxer(request, monkeypatch, name, call, message):
 
 
 BAD_MODULES = {
-    "no features": (lambda: SiameseLSTM(0, 3), "input_size and hidden_size .* got 0 and 3"),
-    "no units": (lambda: SiameseLSTM(3, -1), "input_size and hidden_size .* got 3 and -1"),
+    "no features": (lambda: SiameseLSTM(0, 3), "input_size must be at least 1, got 0"),
+    "no units": (lambda: SiameseLSTM(3, -1), "hidden_size must be at least 1, got -1"),
     "scale 0": (lambda: dense(scale=0.0), "scale must be positive and finite, got 0"),
     "scale < 0": (lambda: dense(scale=-1.0, learn_scale=True), "scale must be positive .* -1"),
     "scale nan": (lambda: dense(scale=float("nan")), "scale must be positive .* nan"),
     "scale inf": (lambda: dense(scale=float("inf")), "scale must be positive .* inf"),
     "backend": (lambda: dense(backend="cuda"), "backend must be one of auto, .* got 'cuda'"),
-    "pooling": (lambda: dense(pooling="first"), "pooling must be last, mean or max, got 'first'"),
+    "pooling": (lambda: dense(pooling="first"), "pooling must be one of last, mean, max, got 'first'"),
     "embedding's D": (
         lambda: SiameseLSTM(D, H, embedding=torch.zeros(V, D + 1)),
         r"embedding must be floating point \[V, D\] with D = 5, got \[10, 6\]",
@@ -215,21 +215,9 @@ def test_bad_module(make, message):
         make()
 
 
-@pytest.mark.parametrize(
-    ("make", "option"),
-    [
-        (lambda: dense(num_layers=2), "num_layers=2"),
-        (lambda: dense(dropout=0.5), r"dropout=0\.5"),
-        (lambda: dense(bidirectional=True), "bidirectional=True"),
-        (lambda: dense(pooling="mean"), "pooling='mean'"),
-        (lambda: dense(pooling="max"), "pooling='max'"),
-        (lambda: SiameseLSTM.from_lstm(nn.LSTM(D, H, num_layers=2)), "num_layers=2"),
-        (lambda: SiameseLSTM.from_lstm(nn.LSTM(D, H, bidirectional=True)), "bidirectional=True"),
-    ],
-)
-def test_what_is_not_there_yet(make, option):
-    with pytest.raises(NotImplementedError, match=f"^SiameseLSTM: {option} is not there yet; what"):
-        make()
+def test_dropout_with_nothing_to_act_between_is_named():
+    with pytest.warns(UserWarning, match="^SiameseLSTM: dropout=0.5 acts between layers, and "):
+        dense(dropout=0.5)
 
 
 def weights(**changes):
@@ -283,6 +271,32 @@ def weights(**changes):
         (
             lambda: siamese_encode(x(), weights(bias_hh=x(4 * H).double())),
             "all weights must have one dtype, got bias_hh of torch.float64",
+        ),
+        (
+            lambda: siamese_encode(x(), weights(), cell="rnn"),
+            "cell must be one of lstm, gru, got 'rnn'",
+        ),
+        (
+            lambda: siamese_encode(x(), weights(), pooling="sum"),
+            "pooling must be one of last, mean, max, got 'sum'",
+        ),
+        (
+            lambda: siamese_encode(x(), [weights()] * 3, bidirectional=True),
+            r"weights must be 2 a layer \(bidirectional=True\), got 3 in all",
+        ),
+        (
+            lambda: siamese_encode(x(), [weights()] * 2),
+            r"weight_ih must be \[24, 6\] .* got \[24, 5\]",
+        ),
+        (
+            lambda: siamese_encode(
+                x(), [weights(), weights(bias_ih=None, bias_hh=None)], bidirectional=True
+            ),
+            "every layer and direction must have biases, or none",
+        ),
+        (
+            lambda: siamese_encode(x(), weights(), dropout=1.0),
+            r"dropout must be at least 0 and below 1, got 1\.0",
         ),
         (
             lambda: manhattan_similarity(x(B, H), x(B, H + 1)),

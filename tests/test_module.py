@@ -377,9 +377,9 @@ def prepares(monkeypatch):
     """The calls that project the vocabulary."""
     calls = []
 
-    def counted(weights, embedding, backend):
+    def counted(weights, embedding, backend, **options):
         calls.append(backend)
-        return prepare(weights, embedding, backend)
+        return prepare(weights, embedding, backend, **options)
 
     prepare = functional.prepare
     monkeypatch.setattr(functional, "prepare", counted)

@@ -12,7 +12,7 @@ B, T, D, H, V = 2, 3, 3, 5, 4
 N = 2 * B
 
 
-def draw(dtype, ids, bias=True):
+def draw(dtype, ids, bias=True, P=1):
     """Return x, ids, lengths, mask, weight_ih, weight_hh, bias as the operators take them."""
     torch.manual_seed(0)
     options = {"device": DEVICE, "dtype": dtype}
@@ -22,9 +22,9 @@ def draw(dtype, ids, bias=True):
         torch.randint(V, (N, T), device=DEVICE) if ids else None,
         torch.tensor([3, 0, 2, 1], device=DEVICE),
         torch.randn(N, T, **options) if ids else None,
-        torch.randn(4 * H, D, **options),
-        torch.randn(4 * H, H, **options),
-        torch.randn(4 * H, **options) if bias else None,
+        torch.randn(P, 4 * H, D, **options),
+        torch.randn(P, 4 * H, H, **options),
+        torch.randn(P, 4 * H, **options) if bias else None,
     )
 
 
@@ -33,41 +33,51 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_prepare(fused_backend, dtype):
-    x, _, _, _, weight_ih, weight_hh, bias = draw(dtype, ids=True)
-    for b in (bias, None):
-        opcheck(_ops.siamese_prepare, (x, weight_ih, weight_hh, b, fused_backend))
+    for P, has_bias in ((1, True), (2, False)):
+        x, _, _, _, *weights = draw(dtype, ids=True, bias=has_bias, P=P)
+        opcheck(_ops.siamese_prepare, (x, *weights, "lstm", fused_backend))
 
 
 @pytest.mark.parametrize("paired", [True, False], ids=["pairs", "rows"])
 @pytest.mark.parametrize("ids", [True, False], ids=["ids", "dense"])
 def test_infer(fused_backend, ids, paired):
-    x, row_ids, lengths, mask, weight_ih, weight_hh, bias = draw(torch.float32, ids)
-    table, weight = _ops.siamese_prepare(x, weight_ih, weight_hh, bias, fused_backend)
+    x, row_ids, lengths, mask, weight_ih, weight_hh, bias = draw(torch.float32, ids, P=1 + paired)
+    pooling = "last" if mask is None else "mask"
+    if paired:
+        pooling, mask = "max", None
+    weights = weight_ih, weight_hh, bias
+    table, weight = _ops.siamese_prepare(x, *weights, "lstm", fused_backend)
     scale = torch.ones((), device=DEVICE) if ids else None
-    rest = (scale, 1.0, H, T, paired, False, torch.float32, fused_backend)
+    how = (pooling, paired, pooling == "max", False)
+    rest = (scale, 1.0, H, T, *how, torch.float32, "lstm", fused_backend)
     opcheck(_ops.siamese_infer, (table, weight, row_ids, lengths, mask, *rest))
+    rest = (*weights, scale, 1.0, T, *how, "lstm", fused_backend)
+    opcheck(_ops.siamese_run, (x, row_ids, lengths, mask, *rest))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("paired", [True, False], ids=["pairs", "rows"])
 @pytest.mark.parametrize("ids", [True, False], ids=["ids", "dense"])
 def test_forward_and_backward(fused_backend, ids, paired, dtype):
-    x, row_ids, lengths, mask, weight_ih, weight_hh, bias = draw(dtype, ids, bias=ids)
+    x, row_ids, lengths, mask, weight_ih, weight_hh, bias = draw(dtype, ids, ids, P=1 + paired)
+    pooling = "last" if mask is None else "mask"
+    if paired:
+        pooling, mask = "max", None
     scale = torch.ones((), device=DEVICE) if ids and paired else None
     # the leaves that autograd is checked for
     x, weight_ih, weight_hh, bias, scale = (
         None if t is None else t.requires_grad_() for t in (x, weight_ih, weight_hh, bias, scale)
     )
     args = (x, row_ids, lengths, mask, weight_ih, weight_hh, bias, scale)
-    rest = (1.0, T, paired, False, fused_backend)
+    rest = (1.0, T, pooling, paired, paired, False, "lstm", fused_backend)
     # the saved activations hold rows that no step wrote, which are not compared as numbers
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     opcheck(_ops.siamese_fwd, (*args, *rest), test_utils=tests)
     outputs = [t.detach() for t in _ops.siamese_fwd(*args, *rest)]
-    upstream = [torch.randn_like(t) if paired or t is outputs[2] else None for t in outputs[:3]]
-    args = (*upstream, *args[:6], scale, *outputs)
+    upstream = [torch.randn_like(t) if paired or t is outputs[2] else None for t in outputs[:4]]
+    args = (*upstream, *args[:6], scale, *outputs[:3], *outputs[4:])
     args = [t.detach() if isinstance(t, torch.Tensor) else t for t in args]
-    opcheck(_ops.siamese_bwd, (*args, 1.0, T, True, False, fused_backend))
+    opcheck(_ops.siamese_bwd, (*args, 1.0, T, pooling, True, False, "lstm", fused_backend))
 
 
 @pytest.mark.parametrize("ids", [True, False], ids=["ids", "dense"])
@@ -78,7 +88,7 @@ def test_gradcheck_of_the_batched_backend(ids, log):
     leaves = [t.requires_grad_() for t in (x, weight_ih, weight_hh, bias, scale)]
 
     def score(x, weight_ih, weight_hh, bias, scale):
-        weights = Weights(weight_ih, weight_hh, bias, bias)
+        weights = Weights(weight_ih[0], weight_hh[0], bias[0], bias[0])
         steps = x.view(N, T, D) if row_ids is None else row_ids
         options = {"embedding": None if row_ids is None else x, "backend": "torch"}
         masks = {}

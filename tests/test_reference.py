@@ -17,30 +17,39 @@ def draw(B=5, T=7, D=3, H=4, bias=True):
     return lstm, x, torch.randn(B, T, dtype=torch.float64)
 
 
-def encode(x, lengths, mask, lstm):
+def encode(x, lengths, mask, lstm, pooling="last", reverse=False):
     bias = lstm.bias_ih_l0 + lstm.bias_hh_l0 if lstm.bias else None
-    return reference.encode(x, lengths, mask, lstm.weight_ih_l0, lstm.weight_hh_l0, bias)
+    weights = lstm.weight_ih_l0, lstm.weight_hh_l0, bias
+    states = reference.lstm_states(x, lengths, *weights, reverse)
+    pooling = pooling if mask is None else "mask"
+    return reference.pool(states, lengths, pooling, mask, reverse)
 
 
-def vectors_of(lstm, x, lengths, mask):
-    """The same vectors from nn.LSTM, whose step t sees nothing behind it: row by row."""
-    y = lstm(x)[0]
+def vectors_of(lstm, x, lengths, mask, pooling, reverse):
+    """The same vectors from nn.LSTM, row by row without padding, turned round to run backwards."""
     rows = []
-    for row, steps, weights in zip(y, lengths, mask, strict=True):
-        if mask[0] is None:
-            rows.append(row[steps - 1] if steps else row[0] * 0)
+    for row, steps, weights in zip(x, lengths, mask, strict=True):
+        if steps == 0:
+            rows.append(row.new_zeros(lstm.hidden_size))
+            continue
+        read = row[:steps].flip(0) if reverse else row[:steps]
+        y = lstm(read.unsqueeze(0))[0][0]
+        if pooling == "mask":
+            rows.append((weights[:steps].flip(0) if reverse else weights[:steps]) @ y)
         else:
-            rows.append(weights[:steps] @ row[:steps])
+            rows.append(y[-1] if pooling == "last" else y.max(dim=0).values)
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("masked", [False, True], ids=["last", "mask"])
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+@pytest.mark.parametrize("pooling", ["last", "mask", "max"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
-def test_equals_nn_lstm(bias, masked):
+def test_equals_nn_lstm(bias, pooling, reverse):
     lstm, x, mask = draw(bias=bias)
     dh = torch.randn(5, 4, dtype=torch.float64)
-    actual = encode(x, torch.tensor(LENGTHS), mask if masked else None, lstm)
-    expected = vectors_of(lstm, x, LENGTHS, mask if masked else [None] * 5)
+    weights = mask if pooling == "mask" else None
+    actual = encode(x, torch.tensor(LENGTHS), weights, lstm, pooling, reverse)
+    expected = vectors_of(lstm, x, LENGTHS, mask, pooling, reverse)
     torch.testing.assert_close(actual, expected, rtol=1e-13, atol=1e-15)
     leaves = (x, *lstm.parameters())
     gradients = [torch.autograd.grad(h, leaves, dh) for h in (actual, expected)]
@@ -66,9 +75,18 @@ def test_padding_is_never_read(masked):
 
 def test_no_steps_is_the_zero_vector():
     lstm, x, mask = draw()
-    for steps, weights in ((x, mask), (x[:, :0], mask[:, :0])):
-        for m in (None, weights):
-            assert not encode(steps, torch.zeros(5, dtype=torch.int64), m, lstm).any()
+    for m in (None, mask):
+        assert not encode(x, torch.zeros(5, dtype=torch.int64), m, lstm).any()
+    assert not encode(x, torch.zeros(5, dtype=torch.int64), None, lstm, "max").any()
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+def test_among_equal_maxima_the_first_one_read_has_the_gradient(reverse):
+    states = torch.tensor([[[1.0], [2.0], [2.0], [5.0]]]).requires_grad_()
+    v = reference.pool(states, torch.tensor([3]), "max", None, reverse)
+    assert v.item() == 2
+    (gradient,) = torch.autograd.grad(v, states)
+    assert gradient.flatten().tolist() == ([0, 0, 1, 0] if reverse else [0, 1, 0, 0])
 
 
 @pytest.mark.parametrize("check", [gradcheck, gradgradcheck])
@@ -79,8 +97,8 @@ def test_gradients(check, masked):
     w = [p.detach().requires_grad_() for p in lstm.parameters()]
 
     def score(x, weight_ih, weight_hh, bias_ih, bias_hh):
-        m = mask if masked else None
-        h = reference.encode(x, lengths, m, weight_ih, weight_hh, bias_ih + bias_hh)
+        states = reference.lstm_states(x, lengths, weight_ih, weight_hh, bias_ih + bias_hh)
+        h = reference.pool(states, lengths, "mask" if masked else "last", mask)
         # one with itself: 0; the others are apart, so L1 has a derivative
         return torch.exp(-reference.manhattan_distance(h[:2], h[1:])), h
 

@@ -11,7 +11,7 @@ from fastsiam import SiameseLSTM
 from fastsiam.functional import Weights, siamese_encode, siamese_similarity
 
 SOME = [
-    Case(B=17, T_left=7, T_right=5, H=50, mask=True, inputs="ids, trained"),
+    Case(B=17, T_left=7, T_right=5, H=50, pooling="mask", inputs="ids, trained"),
     Case(B=5, T_left=2, T_right=7, H=33, call="log_similarity", learned_scale=True),
     Case(B=14, H=16, dtype=torch.float16, inputs="ids, trained", call="encode"),
     Case(B=3, H=100, dtype=torch.bfloat16),
@@ -28,6 +28,8 @@ def check(case, backend, eps=None):
     gold = define(case, inputs, torch.float64, sign)
     same_dtype = define(case, inputs, case.dtype, sign)
     eps = eps or torch.finfo(case.dtype).eps
+    # what one layer rounds the next one multiplies, forward and backward
+    eps *= 8 if case.layers > 1 else 1
     for name in actual:
         assert_accurate(name, actual[name], same_dtype[name], gold[name], eps)
 
@@ -237,16 +239,16 @@ def test_training_and_inference_score_alike(backend):
 
 
 @pytest.mark.parametrize("inputs", ["dense", "ids, trained"])
-@pytest.mark.parametrize("mask", [False, True], ids=["last", "mask"])
+@pytest.mark.parametrize("pooling", ["last", "mask", "max"])
 @pytest.mark.parametrize(("B", "T"), [(0, 4), (3, 0), (0, 0)], ids=["B0", "T0", "B0-T0"])
 @pytest.mark.parametrize("name", ["torch", "lstm", "reference", "triton"])
-def test_nothing_to_run(request, name, B, T, mask, inputs):
+def test_nothing_to_run(request, name, B, T, pooling, inputs):
     """An empty batch has no results; sentences without steps are the vector 0."""
     if name == "triton":
         request.getfixturevalue("triton")
     for call in ("similarity", "encode"):
-        case = Case(B=B, T_left=T, T_right=T, H=3, lengths="none", mask=mask, inputs=inputs)
-        case = dataclasses.replace(case, call=call, learned_scale=True)
+        case = Case(B=B, T_left=T, T_right=T, H=3, lengths="none", pooling=pooling, inputs=inputs)
+        case = dataclasses.replace(case, call=call, learned_scale=True, directions=1 + (B > 0))
         results = compute(case, make_inputs(case), name, case.dtype)
         for key, value in results.items():
             if "similarity" in key:
