@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastsiam.text import vocabulary as module
 from fastsiam.text.datasets import DataError
 from fastsiam.text.tokens import tokenize
 from fastsiam.text.vocabulary import Vocabulary, load_spelling
@@ -87,6 +88,18 @@ def test_encode_agrees_with_id(lines, max_len):
     assert int((encoded.ids == 0).sum()) == encoded.unknown.total() + sum(
         encoded.ids.shape[1] - len(line) for line in expected
     )
+
+
+@pytest.mark.parametrize("remembered", [0, 1, 1000])
+def test_what_is_remembered_changes_nothing(monkeypatch, remembered):
+    monkeypatch.setattr(module, "REMEMBERED", remembered)
+    vocabulary = Vocabulary(WORDS)
+    for _ in range(3):
+        encoded = vocabulary.encode(["mouse, cat mouse.", "Dog, rat"])
+        assert encoded.ids.tolist() == [[0, 0, 1, 0, 0], [6, 0, 0, 0, 0]]
+        assert encoded.lengths.tolist() == [5, 3]
+        assert encoded.unknown == {"mouse": 2, ",": 2, ".": 1, "rat": 1}
+    assert vocabulary.encode(["a rat"]).unknown == {"a": 1, "rat": 1}
 
 
 def test_through_json():
