@@ -13,12 +13,15 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from fastsiam._checks import POOLINGS
+from fastsiam.calibration import Calibration
 from fastsiam.modules import SiameseLSTM
 from fastsiam.text.batches import ordered_batches
 from fastsiam.text.datasets import DataError, is_range
+from fastsiam.text.files import short
 from fastsiam.text.vocabulary import Encoded, Vocabulary
 
-FORMAT = 1  # of a saved folder; raised when an older fastsiam could no longer read one
+FORMAT = 2  # of a saved folder; raised when an older fastsiam could no longer read one
 CONFIG_FILE, VOCABULARY_FILE, WEIGHTS_FILE = "config.json", "vocabulary.json", "model.safetensors"
 
 
@@ -29,15 +32,21 @@ class UnavailableError(RuntimeError):
 class TextSiamese:
     """A vocabulary with its word vectors, and the Siamese LSTM that reads them.
 
-    The word vectors stay as they are; `lstm` is the module to train.
+    The word vectors stay as they are; `lstm` is the module to train. An ensemble has several such
+    `members`, of one shape and with the same word vectors: its similarity is the geometric mean of
+    theirs, which is exp(-L1) of their vectors side by side.
 
     Args:
         vocabulary: the V words of the table.
         table: [V, D] float, one vector a word.
-        hidden_size: H, size of a sentence vector.
-        scale: factor on the L1 distance, > 0.
+        hidden_size: H, states of a direction.
+        bidirectional: as for `SiameseLSTM`.
+        pooling: as for `SiameseLSTM`.
+        scale: factor on the L1 distance, > 0; one for each member of an ensemble.
+        learn_scale: as for `SiameseLSTM`.
         max_len: tokens of a sentence that are read, at least 1.
         score_range: lowest and highest score of the scale that `to_score` maps to.
+        calibration: map of the similarities that `to_score` applies first; None: none.
         backend: as for `SiameseLSTM`.
         device: where the weights live; None means CUDA where there is one, else the CPU.
         dtype: of the weights; None means float32.
@@ -53,9 +62,13 @@ class TextSiamese:
         table: Tensor,
         hidden_size: int = 50,
         *,
-        scale: float = 0.25,
+        bidirectional: bool = False,
+        pooling: str = "last",
+        scale: float | Sequence[float] = 0.25,
+        learn_scale: bool = False,
         max_len: int = 73,
         score_range: tuple[float, float] = (1.0, 5.0),
+        calibration: Calibration | None = None,
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -75,20 +88,81 @@ class TextSiamese:
         self.vocabulary = vocabulary
         self.max_len = max_len
         self.score_range = (float(low), float(high))
-        self._scale = float(scale)
-        self.lstm = SiameseLSTM(
-            table.shape[1],
-            hidden_size,
-            embedding=table,
-            scale=scale,
-            backend=backend,
-            device=pick_device(device),
-            dtype=dtype or torch.float32,
-        )
+        self.calibration = calibration
+        scales = [scale] if isinstance(scale, (int, float)) else list(scale)
+        if not scales:
+            raise ValueError("TextSiamese: scale must hold a number for each member, got none")
+        self.members: list[SiameseLSTM] = []
+        for factor in scales:
+            member = SiameseLSTM(
+                table.shape[1],
+                hidden_size,
+                bidirectional=bidirectional,
+                embedding=self.members[0].embedding if self.members else table,
+                pooling=pooling,
+                scale=factor,
+                learn_scale=learn_scale,
+                backend=backend,
+                device=pick_device(device),
+                dtype=dtype or torch.float32,
+            )
+            self.members.append(member)
+        self.lstm = self.members[0]
         try:
             self.lstm.explain()
         except ValueError as error:
             raise UnavailableError(str(error)) from error
+
+    @classmethod
+    def ensemble(cls, models: Sequence[TextSiamese]) -> TextSiamese:
+        """Return one model with copies of the members of several.
+
+        It scores in the range of the first and is not calibrated.
+
+        Raises:
+            ValueError: there is none, or they differ in words, word vectors, shape or `max_len`.
+        """
+        if not models:
+            raise ValueError("ensemble: models must hold at least one model, got none")
+        first, members = models[0], [member for model in models for member in model.members]
+        for model in models:
+            alike = (
+                model.vocabulary.to_dict() == first.vocabulary.to_dict()
+                and _shape(model) == _shape(first)
+                and torch.equal(_table(model), _table(first))
+            )
+            if not alike:
+                raise ValueError(
+                    "ensemble: the models must have the same words, word vectors, shape and "
+                    "max_len; train them on the same files with seeds of their own"
+                )
+        made = cls(
+            first.vocabulary,
+            _table(first),
+            first.lstm.hidden_size,
+            bidirectional=first.lstm.bidirectional,
+            pooling=first.lstm.pooling,
+            scale=[_scale(member) for member in members],
+            max_len=first.max_len,
+            score_range=first.score_range,
+            backend=first.lstm.backend,
+            device=first.device,
+            dtype=first.lstm.weight_hh_l0.dtype,
+        )
+        for new, member in zip(made.members, members, strict=True):
+            new.load_state_dict(_own_weights(member), strict=False)
+        return made
+
+    @property
+    def scale(self) -> float:
+        """The factor on the L1 distance of the vectors of `encode`."""
+        return _scale(self.lstm) if len(self.members) == 1 else 1.0
+
+    @property
+    def vector_size(self) -> int:
+        """The size of a sentence vector."""
+        directions = 2 if self.lstm.bidirectional else 1
+        return len(self.members) * directions * self.lstm.hidden_size
 
     @property
     def device(self) -> torch.device:
@@ -137,27 +211,42 @@ class TextSiamese:
             (left_ids, left_lengths), (right_ids, right_lengths) = (
                 cut(side, rows, self.device) for side in (left, right)
             )
-            scores[rows] = self.lstm(left_ids, right_ids, left_lengths, right_lengths).float().cpu()
+            scores[rows] = self._call(left_ids, right_ids, left_lengths, right_lengths)
         return scores
 
     @torch.no_grad()
     def encode(self, sentences: Sequence[str], batch_size: int = 256) -> Tensor:
-        """Return the vectors of n sentences, [n, H] on the CPU, in the order given.
+        """Return the vectors of n sentences, [n, vector_size] on the CPU, in the order given.
 
-        Two sentences score exp(-scale * L1 distance of their vectors).
+        Two sentences score exp(-scale * L1 distance of their vectors). The vectors of an ensemble's
+        members stand side by side, each times its factor by the number of members.
         """
         encoded = self._read(sentences)
-        vectors = torch.empty(len(encoded.lengths), self.lstm.hidden_size).to(
+        vectors = torch.empty(len(encoded.lengths), self.vector_size).to(
             self.lstm.weight_hh_l0.dtype
         )
         for rows in _by_length(encoded.lengths, batch_size):
-            vectors[rows] = self.lstm.encode(*cut(encoded, rows, self.device)).cpu()
+            parts = [member.encode(*cut(encoded, rows, self.device)) for member in self.members]
+            if len(parts) > 1:
+                parts = [
+                    part * (_scale(member) / len(parts))
+                    for part, member in zip(parts, self.members, strict=True)
+                ]
+            vectors[rows] = torch.cat(parts, dim=1).cpu()
         return vectors
 
-    def to_score(self, similarity: float) -> float:
-        """Map a similarity, 0..1, to the scale of the scores."""
+    @overload
+    def to_score(self, similarity: float) -> float: ...
+    @overload
+    def to_score(self, similarity: Tensor) -> Tensor: ...
+    def to_score(self, similarity: float | Tensor) -> float | Tensor:
+        """Map similarities, 0..1, to the scale of the scores, calibrated if the model is."""
         low, high = self.score_range
-        return low + (high - low) * similarity
+        if self.calibration is None:
+            return low + (high - low) * similarity
+        calibrated = self.calibration(torch.as_tensor(similarity, dtype=torch.float64))
+        score = low + (high - low) * calibrated
+        return score.to(similarity) if isinstance(similarity, Tensor) else float(score)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write `config.json`, `vocabulary.json` and `model.safetensors`, each whole or not at all.
@@ -173,11 +262,17 @@ class TextSiamese:
             "format": FORMAT,
             "input_size": self.lstm.input_size,
             "hidden_size": self.lstm.hidden_size,
-            "scale": self._scale,
+            "bidirectional": self.lstm.bidirectional,
+            "pooling": self.lstm.pooling,
+            "scales": [_scale(member) for member in self.members],
             "max_len": self.max_len,
             "score_range": list(self.score_range),
+            "calibration": None if self.calibration is None else self.calibration.to_dict(),
         }
-        tensors = {name: t.cpu().contiguous() for name, t in self.lstm.state_dict().items()}
+        tensors = {"embedding.weight": _table(self).cpu().contiguous()}
+        for prefix, member in zip(_prefixes(len(self.members)), self.members, strict=True):
+            for name, tensor in _own_weights(member).items():
+                tensors[prefix + name] = tensor.cpu().contiguous()
         write_file(folder / VOCABULARY_FILE, _to_json(self.vocabulary.to_dict()))
         write_file(folder / WEIGHTS_FILE, save(tensors))
         write_file(folder / CONFIG_FILE, _to_json(config))
@@ -210,15 +305,30 @@ class TextSiamese:
             vocabulary,
             tensors["embedding.weight"],
             config["hidden_size"],
-            scale=config["scale"],
+            bidirectional=config["bidirectional"],
+            pooling=config["pooling"],
+            scale=config["scales"],
             max_len=config["max_len"],
             score_range=config["score_range"],
+            calibration=config["calibration"],
             backend=backend,
             device=device,
-            dtype=tensors["weight_hh_l0"].dtype,
+            dtype=tensors["embedding.weight"].dtype,
         )
-        model.lstm.load_state_dict(tensors)
+        for prefix, member in zip(_prefixes(len(model.members)), model.members, strict=True):
+            member.load_state_dict(
+                {name: tensors[prefix + name] for name in _own_weights(member)}, strict=False
+            )
         return model
+
+    def _call(self, *inputs: Tensor) -> Tensor:
+        """Return the similarities of a batch, [B] float32 on the CPU."""
+        if len(self.members) == 1:
+            scored: Tensor = self.lstm(*inputs)
+        else:
+            logs = [member.log_similarity(*inputs) for member in self.members]
+            scored = torch.stack(logs).mean(dim=0).exp()
+        return scored.float().cpu()
 
     def _read(self, sentences: Sequence[str]) -> Encoded:
         return self.vocabulary.encode(sentences, self.max_len)
@@ -270,6 +380,32 @@ def write_file(path: Path, data: bytes) -> None:
         raise
 
 
+def _table(model: TextSiamese) -> Tensor:
+    assert model.lstm.embedding is not None
+    return model.lstm.embedding.weight.detach()
+
+
+def _scale(member: SiameseLSTM) -> float:
+    scale = member.scale
+    return float(scale.detach()) if isinstance(scale, Tensor) else scale
+
+
+def _shape(model: TextSiamese) -> tuple[Any, ...]:
+    lstm = model.lstm
+    return (lstm.hidden_size, lstm.bidirectional, lstm.pooling, model.max_len)
+
+
+def _own_weights(member: SiameseLSTM) -> dict[str, Tensor]:
+    """Return the weights of the LSTM alone: the word vectors are shared, the scale is a number."""
+    state = member.state_dict()
+    return {name: state[name] for name in state if name not in ("embedding.weight", "log_scale")}
+
+
+def _prefixes(members: int) -> list[str]:
+    """Return what stands before the names of each member's weights in a file."""
+    return [""] if members == 1 else [f"members.{number}." for number in range(members)]
+
+
 def _by_length(lengths: Tensor, batch_size: int) -> list[Tensor]:
     order = torch.argsort(lengths, stable=True)
     return [order[rows] for rows in ordered_batches(len(order), batch_size)]
@@ -300,16 +436,40 @@ def _read_config(path: Path) -> dict[str, Any]:
             f"{path}: written by a newer fastsiam (format {config['format']}, this one reads up to "
             f"{FORMAT}); upgrade fastsiam"
         )
-    kinds: dict[str, type] = {
-        "input_size": int,
-        "hidden_size": int,
-        "max_len": int,
-        "scale": float,
-    }
-    for name, kind in kinds.items():
+    if config["format"] == 1:  # one direction, one member, not calibrated
+        config |= {
+            "bidirectional": False,
+            "pooling": "last",
+            "scales": [config.get("scale")],
+            "calibration": None,
+        }
+    for name in ("input_size", "hidden_size", "max_len"):
         value = config.get(name)
-        if type(value) is not kind or not 0 < config[name] < math.inf:
-            raise DataError(f"{path}: {name} must be a positive {kind.__name__}, got {value!r}")
+        if type(value) is not int or value < 1:
+            raise DataError(f"{path}: {name} must be a positive int, got {value!r}")
+    scales = config.get("scales")
+    if (
+        not isinstance(scales, list)
+        or not scales
+        or any(type(scale) is not float or not 0 < scale < math.inf for scale in scales)
+    ):
+        raise DataError(f"{path}: scales must be positive floats, got {short(scales)}")
+    if type(config.get("bidirectional")) is not bool:
+        raise DataError(
+            f"{path}: bidirectional must be true or false, got {short(config.get('bidirectional'))}"
+        )
+    if config.get("pooling") not in POOLINGS:
+        raise DataError(
+            f"{path}: pooling must be one of {', '.join(POOLINGS)}, "
+            f"got {short(config.get('pooling'))}"
+        )
+    if config.get("calibration") is not None:
+        try:
+            config["calibration"] = Calibration.from_dict(config["calibration"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{path}: calibration cannot be read: {error}") from error
+    else:
+        config["calibration"] = None
     limits = config.get("score_range")
     if not (
         isinstance(limits, list)
@@ -326,13 +486,15 @@ def _read_weights(path: Path, config: dict[str, Any], V: int) -> dict[str, Tenso
     from safetensors.torch import load_file
 
     D, H = config["input_size"], config["hidden_size"]
-    shapes = {
-        "weight_ih_l0": [4 * H, D],
-        "weight_hh_l0": [4 * H, H],
-        "bias_ih_l0": [4 * H],
-        "bias_hh_l0": [4 * H],
-        "embedding.weight": [V, D],
-    }
+    shapes = {"embedding.weight": [V, D]}
+    for prefix in _prefixes(len(config["scales"])):
+        for suffix in ("", "_reverse") if config["bidirectional"] else ("",):
+            shapes |= {
+                f"{prefix}weight_ih_l0{suffix}": [4 * H, D],
+                f"{prefix}weight_hh_l0{suffix}": [4 * H, H],
+                f"{prefix}bias_ih_l0{suffix}": [4 * H],
+                f"{prefix}bias_hh_l0{suffix}": [4 * H],
+            }
     try:
         tensors: dict[str, Tensor] = load_file(path)
     except OSError as error:
@@ -350,7 +512,7 @@ def _read_weights(path: Path, config: dict[str, Any], V: int) -> dict[str, Tenso
         raise DataError(f"{path}: holds {sorted(tensors.keys() - shapes.keys())}, unknown names")
     if (
         len({t.dtype for t in tensors.values()}) != 1
-        or not tensors["bias_ih_l0"].is_floating_point()
+        or not tensors["embedding.weight"].is_floating_point()
     ):
         raise DataError(f"{path}: the tensors must be of one floating-point type")
     if not all(bool(t.isfinite().all()) for t in tensors.values()):

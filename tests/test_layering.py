@@ -35,6 +35,7 @@ ORDER = [
     ("text.synonyms",),
     ("text",),
     ("sample",),
+    ("calibration",),
     ("model",),
     ("",),  # fastsiam/__init__.py: its names are those of the lines so far
     ("training.config",),

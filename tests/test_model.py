@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import WORDS, D
 
+from fastsiam.calibration import Calibration
 from fastsiam.model import TextSiamese, UnavailableError, pick_device
 from fastsiam.text.datasets import DataError
 from fastsiam.text.vocabulary import Vocabulary
@@ -113,6 +114,8 @@ def test_similarity_refuses(model, left, right, error, match):
         ({"max_len": 0}, "max_len"),
         ({"score_range": (5, 1)}, "score_range"),
         ({"scale": 0.0}, "scale"),
+        ({"scale": []}, "a number for each member"),
+        ({"pooling": "sum"}, "pooling must be one of"),
         ({"backend": "fast"}, "backend must be one of"),
         ({"device": "gpu"}, "device must be like"),
     ],
@@ -212,10 +215,31 @@ DAMAGE = {
     "no JSON": (lambda f: (f / "config.json").write_text("{"), "must be JSON"),
     "a list": (lambda f: (f / "config.json").write_text("[]"), "not a configuration"),
     "no format": (lambda f: edit_config(f, format=True), "not a configuration"),
-    "newer": (lambda f: edit_config(f, format=2), "newer fastsiam .format 2"),
+    "newer": (lambda f: edit_config(f, format=3), "newer fastsiam .format 3"),
     "no size": (lambda f: edit_config(f, hidden_size="5"), "hidden_size must be a positive int"),
-    "negative scale": (lambda f: edit_config(f, scale=-1.0), "scale must be a positive float"),
-    "endless scale": (lambda f: edit_config(f, scale=math.inf), "scale must be a positive float"),
+    "negative scale": (lambda f: edit_config(f, scales=[-1.0]), "scales must be positive floats"),
+    "endless scale": (
+        lambda f: edit_config(f, scales=[math.inf]),
+        "scales must be positive floats",
+    ),
+    "no scale": (lambda f: edit_config(f, scales=[]), "scales must be positive floats"),
+    "directions": (
+        lambda f: edit_config(f, bidirectional=1),
+        "bidirectional must be true or false",
+    ),
+    "pooling": (lambda f: edit_config(f, pooling="sum"), "pooling must be one of last, mean, max"),
+    "calibration": (
+        lambda f: edit_config(f, calibration={"predicted": [0.1, 0.1], "gold": [0, 1]}),
+        "calibration cannot be read: Calibration: predicted must rise",
+    ),
+    "half a calibration": (
+        lambda f: edit_config(f, calibration={"predicted": [0, 1]}),
+        "calibration cannot be read: 'gold'",
+    ),
+    "more members": (
+        lambda f: edit_config(f, scales=[0.25, 0.25]),
+        r"members.0.weight_ih_l0 must be \[20, 6\].*got nothing",
+    ),
     "endless range": (lambda f: edit_config(f, score_range=[0, math.inf]), "two numbers"),
     "no numbers": (lambda f: edit_config(f, score_range=[False, True]), "two numbers"),
     "one limit": (lambda f: edit_config(f, score_range=[1]), "score_range must be two numbers"),
@@ -262,6 +286,101 @@ DAMAGE = {
         "NaN or infinity",
     ),
 }
+
+
+def test_a_folder_of_the_first_format_is_read(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    first = {name: config[name] for name in ("input_size", "hidden_size", "max_len", "score_range")}
+    path.write_text(json.dumps({"format": 1, "scale": 0.25, **first}))
+    loaded = TextSiamese.from_pretrained(tmp_path, device="cpu")
+    assert torch.equal(loaded.similarity(LEFT, RIGHT), model.similarity(LEFT, RIGHT))
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean", "max"])
+def test_two_directions_and_a_learned_scale_are_saved(tmp_path, pooling):
+    model = make_model(bidirectional=True, pooling=pooling, scale=0.5, learn_scale=True)
+    with torch.no_grad():
+        model.lstm.log_scale += 0.1
+    model.save_pretrained(tmp_path)
+    loaded = TextSiamese.from_pretrained(tmp_path, device="cpu")
+    assert loaded.scale == model.scale == pytest.approx(0.5 * math.exp(0.1))
+    vectors, other = model.encode(LEFT), model.encode(RIGHT)
+    assert vectors.shape == (len(LEFT), 2 * H) == (len(LEFT), model.vector_size)
+    assert torch.equal(loaded.encode(LEFT), vectors)
+    expected = torch.exp(-loaded.scale * (vectors - other).abs().sum(1))
+    for made in (model, loaded):
+        torch.testing.assert_close(made.similarity(LEFT, RIGHT), expected, rtol=2e-6, atol=0)
+
+
+def make_members(count=3):
+    members = [make_model(bidirectional=True, scale=0.2 * (1 + seed)) for seed in range(count)]
+    for seed, member in enumerate(members):
+        torch.manual_seed(seed)
+        member.lstm.reset_parameters()
+    return members
+
+
+def test_an_ensemble_is_the_mean_of_its_members(tmp_path):
+    members = make_members()
+    model = TextSiamese.ensemble(members)
+    alone = torch.stack([member.similarity(LEFT, RIGHT) for member in members]).double()
+    assert alone.std(dim=0).max() > 1e-3
+    geometric = alone.log().mean(dim=0).exp().float()
+    torch.testing.assert_close(model.similarity(LEFT, RIGHT), geometric, rtol=2e-6, atol=0)
+    # as one vector: exp(-L1), with no factor left
+    vectors, other = model.encode(LEFT, batch_size=2), model.encode(RIGHT)
+    assert vectors.shape == (len(LEFT), 3 * 2 * H) == (len(LEFT), model.vector_size)
+    assert model.scale == 1.0
+    torch.testing.assert_close(
+        torch.exp(-(vectors - other).abs().sum(1)), geometric, rtol=2e-6, atol=0
+    )
+    model.save_pretrained(tmp_path)
+    loaded = TextSiamese.from_pretrained(tmp_path, device="cpu")
+    assert torch.equal(loaded.encode(LEFT, batch_size=2), vectors)
+    assert torch.equal(loaded.similarity(LEFT, RIGHT), model.similarity(LEFT, RIGHT))
+    # the word vectors are there once, in memory and in the file
+    assert len({id(member.embedding.weight) for member in loaded.members}) == 1
+    names = load_file(tmp_path / "model.safetensors")
+    assert sum(name.endswith("embedding.weight") for name in names) == 1
+
+
+def test_an_ensemble_has_weights_of_its_own():
+    members = make_members(2)
+    model = TextSiamese.ensemble(members)
+    before = model.similarity(LEFT, RIGHT)
+    with torch.no_grad():
+        members[0].lstm.weight_hh_l0.zero_()
+    assert torch.equal(model.similarity(LEFT, RIGHT), before)
+    again = TextSiamese.ensemble([model, *make_members(1)])
+    assert len(again.members) == 3
+
+
+def test_ensembles_of_different_models_are_refused():
+    with pytest.raises(ValueError, match="at least one model"):
+        TextSiamese.ensemble([])
+    for other in (make_model(max_len=5), make_model(pooling="max"), make_model(bidirectional=True)):
+        with pytest.raises(ValueError, match="must have the same words"):
+            TextSiamese.ensemble([make_model(), other])
+    other = make_model()
+    with torch.no_grad():
+        other.lstm.embedding.weight[1] += 1
+    with pytest.raises(ValueError, match="must have the same words"):
+        TextSiamese.ensemble([make_model(), other])
+
+
+def test_a_calibrated_model_scores_on_the_bent_scale(tmp_path):
+    calibration = Calibration([0.0, 0.5, 1.0], [0.0, 0.2, 1.0])
+    model = make_model(calibration=calibration, score_range=(1.0, 5.0))
+    model.save_pretrained(tmp_path)
+    loaded = TextSiamese.from_pretrained(tmp_path, device="cpu")
+    assert loaded.similarity("a cat", "a dog") == make_model().similarity("a cat", "a dog")
+    assert loaded.to_score(0.25) == pytest.approx(1.4)
+    scores = loaded.to_score(torch.tensor([0.0, 0.5, 0.75, 1.0]))
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores, torch.tensor([1.0, 1.8, 3.4, 5.0]))
+    assert make_model().to_score(torch.tensor([0.5])).tolist() == [3.0]
 
 
 @pytest.mark.parametrize(("damage", "match"), DAMAGE.values(), ids=DAMAGE)
