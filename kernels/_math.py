@@ -29,6 +29,16 @@ def _tanh(x, APPROXIMATE: tl.constexpr):
 
 
 @triton.jit
+def _direction(DIRECTIONS: tl.constexpr):
+    # the direction that this program runs, and its way through the tokens: 1 ahead, -1 back
+    if DIRECTIONS == 2:
+        direction = tl.program_id(1)
+        return direction, 1 - 2 * direction
+    else:
+        return 0, 1
+
+
+@triton.jit
 def _sequences(
     lengths_ptr,
     order_ptr,

@@ -36,10 +36,12 @@ def bits_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.int32 if dtype == torch.float32 else torch.int16
 
 
-def packed_shapes(R: int, H: int, dtype: torch.dtype) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the shapes of `pack_table` of R rows and of `pack_weight_fwd`."""
+def packed_shapes(
+    R: int, H: int, dtype: torch.dtype, P: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the shapes of `pack_table` of R rows and of `pack_weight_fwd`, for P directions."""
     block = block_h(H)
-    return (R, block, _words(dtype, 4)), (4 * block, block)
+    return (R, P, block, _words(dtype, 4)), (P, 4 * block, block)
 
 
 def table_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -47,39 +49,45 @@ def table_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float32 else torch.int32
 
 
-def record_shapes(N: int, T: int, H: int) -> tuple[tuple[int, ...], ...]:
-    """Return the shapes of what the forward keeps: gates, cells and hidden states."""
+def record_shapes(N: int, T: int, H: int, P: int) -> tuple[tuple[int, ...], ...]:
+    """Return the shapes of what the forward keeps: gates, cells and hidden states.
+
+    A sequence has T + 1 rows, the gaps between its tokens. A step goes from one gap to the next, in
+    the second direction to the one before: its gates, cells and state stand where it ends, its gate
+    gradients where it begins, beside the state that it began with.
+    """
     block = block_h(H)
     rows = N * (T + 1)
-    return (rows, block, 4), (rows, block, 2), (rows, block)
+    return (P, rows, block, 4), (P, rows, block, 2), (P, rows, block)
 
 
 def pack_table(x: Tensor, weight_ih: Tensor, bias: Tensor | None) -> Tensor:
     """Project the rows of x, [R, D], to gates of a cell's order: see `packed_shapes`."""
-    weight = _pack_input(weight_ih, _INPUT).flatten(0, 1)
+    weight = _pack_input(weight_ih, _INPUT).flatten(0, 2)
     if bias is None:
         table = x @ weight.T
     else:
-        packed_bias = _pack_input(bias.unsqueeze(1), _INPUT).flatten()
+        packed_bias = _pack_input(bias.unsqueeze(2), _INPUT).flatten()
         table = torch.addmm(packed_bias, x, weight.T)
-    shape, _ = packed_shapes(x.shape[0], weight_ih.shape[0] // 4, x.dtype)
+    P, rows = weight_ih.shape[:2]
+    shape, _ = packed_shapes(x.shape[0], rows // 4, x.dtype, P)
     return table.view(table_dtype(x.dtype)).view(shape)
 
 
 def pack_weight_fwd(weight_hh: Tensor) -> Tensor:
-    """Return the bits of weight_hh, [4H, H], as [4 * block, block] for `a + W h`."""
+    """Return the bits of weight_hh, [P, 4H, H], as [P, 4 * block, block] for `a + W h`."""
     weight = _pad_recurrent(weight_hh, _INPUT)
-    block = weight.shape[1]
-    rows = weight.view(2, 2, block // 8, 8, block).permute(0, 2, 1, 3, 4)
-    return rows.reshape(4 * block, block).view(bits_dtype(weight_hh.dtype))
+    P, block = weight.shape[0], weight.shape[2]
+    rows = weight.view(P, 2, 2, block // 8, 8, block).transpose(2, 3)
+    return rows.reshape(P, 4 * block, block).view(bits_dtype(weight_hh.dtype))
 
 
 def pack_weight_bwd(weight_hh: Tensor) -> Tensor:
-    """Return the bits of weight_hh transposed, [2, block, 2 * block]: columns i, f and g, o."""
+    """Return the bits of weight_hh transposed, [P, 2, block, 2 * block]: columns i, f and g, o."""
     weight = _pad_recurrent(weight_hh, _GRADIENT)
-    block = weight.shape[1]
-    halves = weight.view(2, 2, block, block).permute(0, 3, 1, 2).contiguous()
-    return halves.view(2, block, 2 * block).view(bits_dtype(weight_hh.dtype))
+    P, block = weight.shape[0], weight.shape[2]
+    halves = weight.view(P, 2, 2, block, block).permute(0, 1, 4, 2, 3).contiguous()
+    return halves.view(P, 2, block, 2 * block).view(bits_dtype(weight_hh.dtype))
 
 
 def token_rows(
@@ -120,49 +128,67 @@ def weight_gradients(
     """Turn the kernel's gate gradients into gradients of the weights.
 
     Args:
-        dgates: [N * (T + 1), block, 4]; zero where no step was.
-        states: [N * (T + 1), block]: 2h of the step before; finite.
+        dgates, states: see `record_shapes`; gate gradients are zero where no step was, states are
+            2h, and finite.
         x, ids: the rows and ids that the forward projected, as given to the operator.
         lengths: [N].
-        weight_ih, weight_hh: [4H, D], [4H, H].
+        weight_ih, weight_hh: [P, 4H, D], [P, 4H, H].
         steps: T.
         need_dx: whether the gradient of x is wanted.
 
     Returns:
-        dx (like x, or empty), dweight_ih, dweight_hh, dbias.
+        dx (like x, or empty), dweight_ih, dweight_hh, dbias [P, 4H].
     """
-    H, N = weight_hh.shape[1], lengths.shape[0]
-    dgates = dgates.flatten(1)
+    N, P, H = lengths.shape[0], weight_hh.shape[0], weight_hh.shape[2]
+    dgates = dgates.flatten(2)
     # halved because the states are 2h
-    dweight_hh = _unpack((dgates.T @ states)[:, :H], H, _halved(_GRADIENT))
+    dweight_hh = _unpack(torch.bmm(dgates.transpose(1, 2), states)[:, :, :H], H, _halved(_GRADIENT))
     rows, row_ids = token_rows(x, ids, lengths, steps)
     if row_ids is None:
-        drows = dgates.view(N, steps + 1, dgates.shape[1])[:, :steps].flatten(0, 1)
+        drows = _at_tokens(dgates.view(P, N, steps + 1, -1))
     else:
-        drows = _sum_by_id(dgates, row_ids, lengths, rows.shape[0], spare=1)
-    dweight_ih = _unpack(drows.T @ rows, H)
-    dbias = _unpack(drows.sum(dim=0, keepdim=True, dtype=torch.float32).T, H).squeeze(1)
+        drows = _sum_by_id(dgates, row_ids, lengths, rows.shape[0])
+    dweight_ih = _unpack(torch.bmm(drows.transpose(1, 2), rows.expand(P, -1, -1)), H)
+    dbias = _unpack(drows.sum(dim=1, dtype=torch.float32).unsqueeze(2), H).squeeze(2)
     dx = x.new_empty(0)
     if need_dx:
-        dx = drows @ _pack_input(weight_ih, _GRADIENT).flatten(0, 1)
+        weight = _pack_input(weight_ih, _GRADIENT).flatten(1, 2)
+        dx = drows[0] @ weight[0]
+        if P == 2:
+            dx = torch.addmm(dx, drows[1], weight[1])
         if row_ids is None and ids is not None:
-            dx = _sum_by_id(dx, ids, lengths, x.shape[0], spare=0)
+            dx = _sum_by_id(dx.view(1, N * steps, -1), ids, lengths, x.shape[0])[0]
     return dx, dweight_ih, dweight_hh, dbias.to(weight_hh.dtype)
 
 
-def _sum_by_id(rows: Tensor, ids: Tensor, lengths: Tensor, R: int, spare: int) -> Tensor:
-    """Add up the rows of the valid tokens of each id, [N * (T + spare), K] to [R, K].
+def _at_tokens(dgates: Tensor) -> Tensor:
+    """Return what stands at the gaps before tokens, or after them, [P, N * T, K] by token."""
+    ahead = dgates[0, :, :-1].flatten(0, 1).unsqueeze(0)
+    if dgates.shape[0] == 1:
+        return ahead
+    return torch.cat((ahead, dgates[1, :, 1:].flatten(0, 1).unsqueeze(0)))
 
-    Without atomics: the gradient of torch's embedding sorts by id, so sums are repeatable.
+
+def _sum_by_id(rows: Tensor, ids: Tensor, lengths: Tensor, R: int) -> Tensor:
+    """Add up the rows of the valid tokens of each id, [P, N * T, K] to [P, R, K].
+
+    Rows may stand at gaps too, [P, N * (T + 1), K]. Without atomics: the gradient of torch's
+    embedding sorts by id, so sums are repeatable.
     """
-    steps = ids.shape[1]
-    valid = torch.arange(steps, device=ids.device) < lengths.unsqueeze(1)
-    # id R stands for "none"
-    targets = F.pad(torch.where(valid, ids.clamp(0, R - 1), R), (0, spare), value=R)
+    P, none = rows.shape[0], rows.shape[0] * R
+    valid = torch.arange(ids.shape[1], device=ids.device) < lengths.unsqueeze(1)
+    ids = ids.clamp(0, R - 1)
+    targets = torch.where(valid, ids, none)
+    if rows.shape[1] > ids.numel():
+        targets = F.pad(targets, (0, 1), value=none)
+    if P == 2:
+        # the second direction's steps begin at the gaps behind their tokens
+        behind = F.pad(torch.where(valid, ids + R, none), (1, 0), value=none)
+        targets = torch.stack((targets, behind))
     summed: Tensor = torch.ops.aten.embedding_dense_backward(
-        rows, targets.view(-1), R + 1, R, False
+        rows.flatten(0, 1), targets.view(-1), P * R + 1, none, False
     )
-    return summed[:R]
+    return summed[:none].view(P, R, -1)
 
 
 def _halved(of_gates: tuple[float, ...]) -> tuple[float, ...]:
@@ -174,28 +200,29 @@ def _words(dtype: torch.dtype, values: int) -> int:
 
 
 def _pack_input(weight: Tensor, of_gates: tuple[float, ...]) -> Tensor:
-    """Return [4H, D] as [block, 4, D], a unit's gates together, each times its factor."""
-    H, D = weight.shape[0] // 4, weight.shape[1]
-    packed = weight.new_zeros(block_h(H), 4, D)
-    gates_first = packed[:H].transpose(0, 1)
-    torch.mul(
-        weight.view(4, H, D), _factors(of_gates, weight.device, weight.dtype), out=gates_first
-    )
+    """Return [P, 4H, D] as [P, block, 4, D], a unit's gates together, each times its factor."""
+    P, rows, D = weight.shape
+    H = rows // 4
+    packed = weight.new_zeros(P, block_h(H), 4, D)
+    gates_first = packed[:, :H].transpose(1, 2)
+    factors = _factors(of_gates, weight.device, weight.dtype)
+    torch.mul(weight.view(P, 4, H, D), factors, out=gates_first)
     return packed
 
 
 def _pad_recurrent(weight: Tensor, of_gates: tuple[float, ...]) -> Tensor:
-    """Return [4H, H] as [4, block, block], halved once more because the kernels keep 2h."""
-    H = weight.shape[1]
-    packed = weight.new_zeros(4, block_h(H), block_h(H))
+    """Return [P, 4H, H] as [P, 4, block, block], halved once more because the kernels keep 2h."""
+    P, _, H = weight.shape
+    packed = weight.new_zeros(P, 4, block_h(H), block_h(H))
     factors = _factors(_halved(of_gates), weight.device, weight.dtype)
-    torch.mul(weight.view(4, H, H), factors, out=packed[:, :H, :H])
+    torch.mul(weight.view(P, 4, H, H), factors, out=packed[:, :, :H, :H])
     return packed
 
 
 def _unpack(packed: Tensor, H: int, of_gates: tuple[float, ...] = _GRADIENT) -> Tensor:
-    """Return [block * 4, K] stored gate gradients as [4H, K] in PyTorch's order, true to size."""
-    gates = packed.view(-1, 4, packed.shape[1])[:H].transpose(0, 1)
+    """Return [P, block * 4, K] gate gradients as [P, 4H, K] in PyTorch's order, true to size."""
+    P, _, K = packed.shape
+    gates = packed.view(P, -1, 4, K)[:, :H].transpose(1, 2)
     unpacked = gates.new_empty(gates.shape)
     torch.mul(gates, _factors(of_gates, packed.device, packed.dtype), out=unpacked)
-    return unpacked.view(4 * H, -1)
+    return unpacked.view(P, 4 * H, K)

@@ -7,12 +7,14 @@ from torch import Tensor
 
 from fastsiam.kernels import _packing, _tiling
 from fastsiam.kernels._math import (
+    _direction,
     _load_cells,
     _load_cells_where,
     _load_weight,
     _product_streamed,
     _sequences,
     _store_cells,
+    _turn,
     _unpack,
 )
 
@@ -93,20 +95,53 @@ def _as_operand(x, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, ASSEMBLY: tl.co
     return tl.reshape(x, (2 * BLOCK_H, BLOCK_N))
 
 
+@triton.jit
+def _upstream(
+    t,
+    dv,  # gradient of twice the sentence vector, cells
+    peak,
+    mask_ptr,
+    doutputs_ptrs,
+    first_token,
+    way,
+    length,
+    stride,  # of a token in doutputs
+    inside,  # whether a unit is one of the H
+    POOLING: tl.constexpr,
+    HAS_DOUTPUTS: tl.constexpr,
+):
+    # what reaches 2h after t steps from outside the recurrence
+    token = first_token + way * (t - 1)
+    valid = (t <= length) & (t > 0)
+    if POOLING == "mask":
+        m = tl.load(mask_ptr + token, mask=valid, other=0.0)
+        d = dv * _at_units(m.to(tl.float32))
+    elif POOLING == "max":
+        d = tl.where(peak == t - 1, dv, 0.0)
+    else:
+        d = tl.where(_at_units(length == t), dv, 0.0)
+    if HAS_DOUTPUTS:
+        pointers = doutputs_ptrs + _at_units(token) * stride
+        d += 0.5 * _load_cells_where(pointers, _at_units(valid) & inside, 7)
+    return d
+
+
 @triton.jit(do_not_specialize=["B", "T", "H", "zero"])
 def _siamese_bwd_kernel(
+    # P is the number of directions
     dpair_ptr,  # [B] float32 gradient of the L1 of a pair (HAS_DPAIR)
-    dh_ptr,  # [N, H] gradient of the sentence vectors (HAS_DH)
-    h_ptr,  # [N, H] sentence vectors
-    weight_ptr,  # [2, BLOCK_H, 2 * BLOCK_H] bits of weight_hh transposed
+    dvectors_ptr,  # [N, P, H] gradient of the sentence vectors (HAS_DVECTORS)
+    doutputs_ptr,  # [N, T, P, H] gradient of all states, by token (HAS_DOUTPUTS)
+    vectors_ptr,  # [N, P, H] sentence vectors
+    weight_ptr,  # [P, 2, BLOCK_H, 2 * BLOCK_H] bits of weight_hh transposed
     lengths_ptr,  # [N] valid steps
-    mask_ptr,  # [N, T] weights of the steps (HAS_MASK)
+    mask_ptr,  # [N, T] weights of the tokens (POOLING "mask")
     order_ptr,  # [B] pairs in the order in which programs take them (HAS_ORDER)
-    # the forward's records, half precision in words of two; a row before the first may be read, and
-    # is not used
-    gates_ptr,  # [N, T + 1, BLOCK_H, 4]
-    cells_ptr,  # [N, T + 1, BLOCK_H, 2]
-    dgates_ptr,  # [N, T + 1, BLOCK_H, 4] out: gate gradients
+    # the forward's records, half precision in words of two
+    gates_ptr,  # [P, N, T + 1, BLOCK_H, 4]
+    cells_ptr,  # [P, N, T + 1, BLOCK_H, 2]
+    peaks_ptr,  # [N, P, H] step of the maximum (POOLING "max")
+    dgates_ptr,  # [P, N, T + 1, BLOCK_H, 4] out: gate gradients
     B,  # pairs; sequences where not PAIRED
     T,
     H,
@@ -118,15 +153,17 @@ def _siamese_bwd_kernel(
     PRECISION: tl.constexpr,  # these three: _tiling.Arithmetic
     WIDEN: tl.constexpr,
     ASSEMBLY: tl.constexpr,
+    DIRECTIONS: tl.constexpr,  # P, 1 or 2: axis 1 of the grid
+    POOLING: tl.constexpr,  # "last", "mask" or "max"
     PAIRED: tl.constexpr,
     HAS_DPAIR: tl.constexpr,
-    HAS_DH: tl.constexpr,
-    HAS_MASK: tl.constexpr,
+    HAS_DVECTORS: tl.constexpr,
+    HAS_DOUTPUTS: tl.constexpr,
     HAS_ORDER: tl.constexpr,
 ):
     BLOCKS: tl.constexpr = BLOCK_H // (16 * WARPS)
     COLUMNS: tl.constexpr = BLOCK_N // 8
-    DTYPE: tl.constexpr = h_ptr.dtype.element_ty
+    DTYPE: tl.constexpr = vectors_ptr.dtype.element_ty
     DOT_DTYPE: tl.constexpr = tl.float32 if WIDEN else DTYPE
     # elements of a unit in the records: half precision comes in words of two
     GATES: tl.constexpr = 4 if DTYPE == tl.float32 else 2
@@ -137,8 +174,13 @@ def _siamese_bwd_kernel(
         lengths_ptr, order_ptr, B, T, COLUMNS, PAIRED, HAS_ORDER
     )
     last = length - 1
-    first_row = seq * (T + 1)
-    last_row = first_row + last
+    direction, way = _direction(DIRECTIONS)
+    # records stand at the T + 1 gaps between tokens: a step's at the gap where it ends, its gate
+    # gradients at the one where it began
+    first_gap = seq * (T + 1) + direction * length
+    last_gap = way * first_gap + last
+    first_token = seq.to(tl.int64) * T + direction * last
+    rows = direction * (2 * B if PAIRED else B).to(tl.int64) * (T + 1)
 
     # units of the cells, [blocks, half, 1, 1, warps, 8, 1]
     block = tl.arange(0, BLOCKS)[:, None, None, None, None, None, None]
@@ -148,39 +190,57 @@ def _siamese_bwd_kernel(
     unit = block * (16 * WARPS) + half * 8 + within
     # loads of one value a cell would get a layout of their own if units were seen to be adjacent
     unit_apart = block * (16 * WARPS) + half * 8 + (within ^ zero)
+    # of the gap where a step began, what stands where it ended
+    gates_ptr += (rows + way) * (GATES * BLOCK_H)
+    cells_ptr += (rows + way) * (STATES * BLOCK_H)
     gates_ptrs = gates_ptr + (tl.expand_dims(unit, 7) * GATES + tl.arange(0, GATES))
     if STATES == 2:
         cells_ptrs = cells_ptr + (tl.expand_dims(unit, 7) * 2 + tl.arange(0, 2))
     else:
         cells_ptrs = cells_ptr + unit_apart
+    dgates_ptr += rows * (4 * BLOCK_H)
     dgates_ptrs = dgates_ptr + (tl.expand_dims(unit, 7) * 4 + tl.arange(0, 4))
+    weight_ptr += direction * (2 * HALF)
+    doutputs_ptrs = doutputs_ptr + direction * H + unit_apart
 
     # gradient of the sentence vectors; of 2h, which is what the recurrence carries
-    offs = _at_units(seq).to(tl.int64) * H + unit_apart
+    offs = (_at_units(seq).to(tl.int64) * DIRECTIONS + direction) * H + unit_apart
     inside = _at_units(live) & (unit < H)
     dv = tl.zeros((BLOCKS, 2, COLUMNS, 2, WARPS, 8, 4), tl.float32)
-    if HAS_DH:
-        dv += _load_cells_where(dh_ptr + offs, inside, 7)
+    if HAS_DVECTORS:
+        dv += _load_cells_where(dvectors_ptr + offs, inside, 7)
     if HAS_DPAIR:
-        offs_other = _at_units(other).to(tl.int64) * H + unit_apart
-        own = _load_cells_where(h_ptr + offs, inside, 7)
-        its = _load_cells_where(h_ptr + offs_other, inside, 7)
+        offs_other = (_at_units(other).to(tl.int64) * DIRECTIONS + direction) * H + unit_apart
+        own = _load_cells_where(vectors_ptr + offs, inside, 7)
+        its = _load_cells_where(vectors_ptr + offs_other, inside, 7)
         sign = tl.where(own > its, 1.0, tl.where(own < its, -1.0, 0.0))
         dpair = tl.load(dpair_ptr + (tl.minimum(seq, other)))
         dv += sign * _at_units(dpair)
     dv = 0.5 * dv
+    peak = tl.full(dv.shape, -1, tl.int32)
+    if POOLING == "max":
+        peak = _turn(tl.load(_turn(peaks_ptr + offs, 7), _turn(inside, 7), -1), 7)
 
     # rows of steps behind a sequence's end are its last row's: finite, and its gradient is 0 there
-    start = _at_units(last_row).to(tl.int64)
+    start = _at_units(way * last_gap).to(tl.int64)
     gates = _load_gates(gates_ptrs, start, GATES * BLOCK_H, DTYPE)
     states = _load_states(cells_ptrs, start, STATES * BLOCK_H, DTYPE)
     dc = tl.zeros((BLOCKS, 2, COLUMNS, 2, WARPS, 8, 4), tl.float32)
-    if HAS_MASK:
-        m = _mask_at(steps - 1, mask_ptr, seq, last, T)
-        dh = _as_accumulator(dv * _at_units(m), BLOCK_H, BLOCK_N)
-    else:
-        dh = tl.where(_at_units(last == steps - 1), dv, 0.0)
-        dh = _as_accumulator(dh, BLOCK_H, BLOCK_N)
+    dh = _upstream(
+        steps,
+        dv,
+        peak,
+        mask_ptr,
+        doutputs_ptrs,
+        first_token,
+        way,
+        length,
+        DIRECTIONS * H,
+        unit_apart < H,
+        POOLING,
+        HAS_DOUTPUTS,
+    )
+    dh = _as_accumulator(dh, BLOCK_H, BLOCK_N)
     dh_go = tl.zeros((BLOCK_H, BLOCK_N), tl.float32)
     if not STREAM:
         weight_if = _load_weight(weight_ptr, BLOCK_H, 2 * BLOCK_H, DTYPE, DOT_DTYPE, zero)
@@ -190,9 +250,9 @@ def _siamese_bwd_kernel(
         dh = tl.dot(weight_if, nothing, dh, input_precision=PRECISION)
         dh_go = tl.dot(weight_go, nothing, input_precision=PRECISION)
     t = steps - 1
-    row = first_row + t
+    gap = way * first_gap + t
     for _ in range(steps):
-        before = _at_units(tl.minimum(row - 1, last_row)).to(tl.int64)
+        before = _at_units(way * tl.minimum(gap - 1, last_gap)).to(tl.int64)
         gates_before = _load_gates(gates_ptrs, before, GATES * BLOCK_H, DTYPE)
         states_before = _load_states(cells_ptrs, before, STATES * BLOCK_H, DTYPE)
         i, f, g, h_by_o = _gates(gates, DTYPE)
@@ -209,10 +269,20 @@ def _siamese_bwd_kernel(
         r = dc * c_before
         df = r - r * f
 
-        if HAS_MASK:
-            upstream = dv * _at_units(_mask_at(t - 1, mask_ptr, seq, last, T))
-        else:
-            upstream = tl.where(_at_units(length == t), dv, 0.0)
+        upstream = _upstream(
+            t,
+            dv,
+            peak,
+            mask_ptr,
+            doutputs_ptrs,
+            first_token,
+            way,
+            length,
+            DIRECTIONS * H,
+            unit_apart < H,
+            POOLING,
+            HAS_DOUTPUTS,
+        )
 
         # two products, of half the gates each, for two chains of instructions; their sum waits for
         # the next step, as the compiler would chain them if they were added here
@@ -233,68 +303,68 @@ def _siamese_bwd_kernel(
             dh = tl.dot(weight_if, rows_if, dh, input_precision=PRECISION)
             dh_go = tl.dot(weight_go, rows_go, input_precision=PRECISION)
 
-        at = tl.expand_dims(_at_units(row), 7).to(tl.int64) * (4 * BLOCK_H)
+        at = tl.expand_dims(_at_units(way * gap), 7).to(tl.int64) * (4 * BLOCK_H)
         da = tl.permute(tl.join(d_if, d_go), (0, 1, 2, 3, 4, 5, 6, 8, 7))
         da = tl.reshape(da, d.shape + (4,))
         _store_cells(dgates_ptrs + at, da, _at_units(t <= last), 7)
         t -= 1
-        row -= 1
+        gap -= 1
         gates = gates_before
         states = states_before
 
 
-@triton.jit
-def _mask_at(t, mask_ptr, seq, last, T):
-    inside = (t <= last) & (t >= 0)
-    m = tl.load(mask_ptr + seq.to(tl.int64) * T + t, mask=inside, other=0.0)
-    return m.to(tl.float32)
-
-
 def siamese_bwd(
     dpair: Tensor | None,
-    dh: Tensor | None,
-    h: Tensor,
+    dvectors: Tensor | None,
+    doutputs: Tensor | None,
+    vectors: Tensor,
     weight_hh: Tensor,
     lengths: Tensor,
     mask: Tensor | None,
     gates: Tensor,
     cells: Tensor,
+    peaks: Tensor,
     steps: int,
+    pooling: str,
     allow_tf32: bool,
 ) -> Tensor:
-    """Carry the gradients of the pairs' L1 and of the sentence vectors back through time.
+    """Carry the gradients of the pairs' L1, the vectors and all states back through time.
 
     Args:
-        dpair: [B] float32 or None; dh: [N, H] or None.
-        h: [N, H] sentence vectors.
-        weight_hh: [4H, H].
-        lengths, mask, steps: as in the forward.
-        gates, cells: the forward's records.
+        dpair: [B] float32 or None.
+        dvectors: [N, P * H] or None.
+        doutputs: [N, T, P * H] or None; what stands behind a sequence's end is not read.
+        vectors: [N, P * H] sentence vectors.
+        weight_hh: [P, 4H, H].
+        lengths, mask, steps, pooling: as in the forward.
+        gates, cells, peaks: the forward's records.
 
     Returns:
-        [N * (T + 1), block, 4] gate gradients in _packing's scaling, zero where no step was.
+        Gate gradients in _packing's order and scaling, zero where no step was.
     """
-    N, H = h.shape
+    N, P, H = vectors.shape[0], weight_hh.shape[0], weight_hh.shape[2]
     dgates = torch.zeros_like(gates)
     if N == 0 or steps == 0:
         return dgates
-    target = _tiling.target_of(h.device)
-    how = _tiling.arithmetic(h.dtype, allow_tf32, target)
-    tile = _tiling.backward_tile(H, h.dtype, how.PRECISION, target)
+    target = _tiling.target_of(vectors.device)
+    how = _tiling.arithmetic(vectors.dtype, allow_tf32, target)
+    tile = _tiling.backward_tile(H, vectors.dtype, how.PRECISION, target)
     paired = dpair is not None
     B = N // 2 if paired else N
     order = _tiling.pair_order(lengths, B, target)
-    words = _packing.table_dtype(h.dtype)
-    _siamese_bwd_kernel[(triton.cdiv(N, tile.sequences),)](
-        dpair_ptr=h if dpair is None else dpair,
-        dh_ptr=h if dh is None else dh,
-        h_ptr=h,
+    words = _packing.table_dtype(vectors.dtype)
+    _siamese_bwd_kernel[(triton.cdiv(N, tile.sequences), P)](
+        dpair_ptr=vectors if dpair is None else dpair,
+        dvectors_ptr=vectors if dvectors is None else dvectors,
+        doutputs_ptr=vectors if doutputs is None else doutputs,
+        vectors_ptr=vectors,
         weight_ptr=_packing.pack_weight_bwd(weight_hh),
         lengths_ptr=lengths,
         mask_ptr=lengths if mask is None else mask,
         order_ptr=lengths if order is None else order,
-        gates_ptr=gates[1:].view(words),
-        cells_ptr=cells[1:].view(words),
+        gates_ptr=gates.view(words),
+        cells_ptr=cells.view(words),
+        peaks_ptr=peaks,
         dgates_ptr=dgates,
         B=B,
         T=steps,
@@ -304,10 +374,12 @@ def siamese_bwd(
         BLOCK_N=tile.sequences,
         WARPS=tile.num_warps,
         STREAM=tile.stream,
+        DIRECTIONS=P,
+        POOLING=pooling,
         PAIRED=paired,
         HAS_DPAIR=paired,
-        HAS_DH=dh is not None,
-        HAS_MASK=mask is not None,
+        HAS_DVECTORS=dvectors is not None,
+        HAS_DOUTPUTS=doutputs is not None,
         HAS_ORDER=order is not None,
         PRECISION=how.PRECISION,
         WIDEN=how.WIDEN,

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastsiam.kernels import _packing, _tiling
 from fastsiam.kernels._math import (
+    _direction,
     _load_cells,
     _load_weight,
     _product_streamed,
@@ -57,9 +58,9 @@ def _load_rows(table_ptrs, row, STRIDE: tl.constexpr):
 
 
 @triton.jit
-def _row_at(t, ids_ptr, first_token, final, R, HAS_IDS: tl.constexpr):
+def _row_at(t, ids_ptr, first_token, way, final, R, HAS_IDS: tl.constexpr):
     # the table's row of step t, inside the table whatever the ids hold
-    t = tl.minimum(t, final)
+    t = way * tl.minimum(t, final)
     if HAS_IDS:
         row = tl.load(ids_ptr + (first_token + t)).to(tl.int32)
         # as unsigned a negative id is a large one
@@ -70,20 +71,23 @@ def _row_at(t, ids_ptr, first_token, final, R, HAS_IDS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["B", "T", "R", "H", "zero"])
 def _siamese_fwd_kernel(
-    table_ptr,  # [R, BLOCK_H, 4] input gates of a row; half precision: [R, BLOCK_H, 2] words of two
-    weight_ptr,  # [4 * BLOCK_H, BLOCK_H] bits of weight_hh
+    # P is the number of directions
+    table_ptr,  # [R, P, BLOCK_H, 4] input gates of a row; half precision: 2 words of two a unit
+    weight_ptr,  # [P, 4 * BLOCK_H, BLOCK_H] bits of weight_hh
     ids_ptr,  # [N, T] rows of the table (HAS_IDS); else row n * T + t is the token's own
     lengths_ptr,  # [N] valid steps
-    mask_ptr,  # [N, T] weights of the steps (HAS_MASK)
+    mask_ptr,  # [N, T] weights of the tokens (POOLING "mask")
     order_ptr,  # [B] pairs in the order in which programs take them (HAS_ORDER)
     learned_scale_ptr,  # [1] factor on L1 (HAS_LEARNED_SCALE)
-    similarity_ptr,  # [B] out: exp(-scale * L1) (PAIRED)
-    distance_ptr,  # [B] out: L1 (PAIRED)
-    h_ptr,  # [N, H] out: sentence vectors
+    similarity_ptr,  # [B] out: exp(-scale * L1) (PAIRED, P = 1)
+    distance_ptr,  # [P, B] out: L1 (PAIRED)
+    vectors_ptr,  # [N, P, H] out: sentence vectors
+    outputs_ptr,  # [N, T, P, H] out: h by token (STORE_OUTPUTS)
     # what the backward needs (STORE_RECORDS), see docs/kernels.md
-    gates_ptr,  # [N, T + 1, BLOCK_H, 4] out: tanh values i, f, g; derivative of 2h by o's gate
-    cells_ptr,  # [N, T + 1, BLOCK_H, 2] out: derivative of 2h by the cell, less 1; the old cell
-    states_ptr,  # [N, T + 1, BLOCK_H] out: 2h
+    gates_ptr,  # [P, N, T + 1, BLOCK_H, 4] out: tanh values i, f, g; derivative of 2h by o's gate
+    cells_ptr,  # [P, N, T + 1, BLOCK_H, 2] out: derivative of 2h by the cell, less 1; the old cell
+    states_ptr,  # [P, N, T + 1, BLOCK_H] out: 2h
+    peaks_ptr,  # [N, P, H] out: step of the maximum (POOLING "max")
     scale,
     B,  # pairs; sequences where not PAIRED
     T,
@@ -98,28 +102,35 @@ def _siamese_fwd_kernel(
     APPROXIMATE: tl.constexpr,
     WIDEN: tl.constexpr,
     ASSEMBLY: tl.constexpr,
+    DIRECTIONS: tl.constexpr,  # P, 1 or 2: axis 1 of the grid
+    POOLING: tl.constexpr,  # "last", "mask" or "max"
     PAIRED: tl.constexpr,
     HAS_IDS: tl.constexpr,
-    HAS_MASK: tl.constexpr,
     HAS_ORDER: tl.constexpr,
     HAS_LEARNED_SCALE: tl.constexpr,
     STORE_RECORDS: tl.constexpr,
+    STORE_OUTPUTS: tl.constexpr,
 ):
     BLOCKS: tl.constexpr = BLOCK_H // (8 * WARPS)
     COLUMNS: tl.constexpr = BLOCK_N // 8
-    DTYPE: tl.constexpr = h_ptr.dtype.element_ty
+    DTYPE: tl.constexpr = vectors_ptr.dtype.element_ty
     DOT_DTYPE: tl.constexpr = tl.float32 if WIDEN else DTYPE
     WORDS: tl.constexpr = 4 if DTYPE == tl.float32 else 2
-    ROW: tl.constexpr = WORDS * BLOCK_H
+    ROW: tl.constexpr = DIRECTIONS * WORDS * BLOCK_H
 
+    direction, way = _direction(DIRECTIONS)
     seq, other, live, length, steps = _sequences(
         lengths_ptr, order_ptr, B, T, COLUMNS, PAIRED, HAS_ORDER
     )
     last = length - 1
     # a finished sequence runs on over its last token, unseen: no load in the loop has a mask
     final = tl.maximum(last, 0)
-    first_token = seq.to(tl.int64) * T
-    record_row = seq * (T + 1)
+    first_token = seq.to(tl.int64) * T + direction * final
+    token = first_token.to(tl.int32)
+    # records stand at the T + 1 gaps between tokens: a step's at the gap where it ends
+    gap = seq * (T + 1) + direction * length + way
+    # of the records before this direction's
+    rows = direction * (2 * B if PAIRED else B).to(tl.int64) * (T + 1)
 
     # units of the cells, [blocks, 1, 1, warps, 8, 1]
     block = tl.arange(0, BLOCKS)[:, None, None, None, None, None]
@@ -128,18 +139,22 @@ def _siamese_fwd_kernel(
     unit = block * (8 * WARPS) + within
     # stores of one value a cell would get a layout of their own if units were seen to be adjacent
     unit_apart = block * (8 * WARPS) + (within ^ zero)
+    table_ptr += direction * (WORDS * BLOCK_H)
+    weight_ptr += direction * (4 * BLOCK_H * BLOCK_H)
     table_ptrs = table_ptr + (tl.expand_dims(unit, 6) * WORDS + tl.arange(0, WORDS))
-    gates_ptrs = gates_ptr + (tl.expand_dims(unit, 6) * 4 + tl.arange(0, 4))
-    cells_ptrs = cells_ptr + (tl.expand_dims(unit, 6) * 2 + tl.arange(0, 2))
-    states_ptrs = states_ptr + unit_apart
+    gates_ptrs = gates_ptr + rows * (4 * BLOCK_H) + (tl.expand_dims(unit, 6) * 4 + tl.arange(0, 4))
+    cells_ptrs = cells_ptr + rows * (2 * BLOCK_H) + (tl.expand_dims(unit, 6) * 2 + tl.arange(0, 2))
+    states_ptrs = states_ptr + rows * BLOCK_H + unit_apart
+    outputs_ptrs = outputs_ptr + direction * H + unit_apart
 
     c = tl.zeros((BLOCKS, COLUMNS, 2, WARPS, 8, 4), tl.float32)
-    v = c
+    v = c - 3.0 if POOLING == "max" else c
+    peak = tl.full(c.shape, -1, tl.int32)
     # a step's gates are complete before it begins: h's product stands at the end of the step
     # before, so that rows of the table have a step to arrive and ids have two
-    x = _load_rows(table_ptrs, _row_at(0, ids_ptr, first_token, final, R, HAS_IDS), ROW)
-    x_next = _load_rows(table_ptrs, _row_at(1, ids_ptr, first_token, final, R, HAS_IDS), ROW)
-    row = _row_at(2, ids_ptr, first_token, final, R, HAS_IDS)
+    x = _load_rows(table_ptrs, _row_at(0, ids_ptr, first_token, way, final, R, HAS_IDS), ROW)
+    x_next = _load_rows(table_ptrs, _row_at(1, ids_ptr, first_token, way, final, R, HAS_IDS), ROW)
+    row = _row_at(2, ids_ptr, first_token, way, final, R, HAS_IDS)
     a = _as_accumulator(_gate_pairs(x, DTYPE), BLOCK_H, BLOCK_N)
     if not STREAM:
         weight = _load_weight(weight_ptr, 4 * BLOCK_H, BLOCK_H, DTYPE, DOT_DTYPE, zero)
@@ -147,7 +162,7 @@ def _siamese_fwd_kernel(
         a = tl.dot(weight, tl.zeros((BLOCK_H, BLOCK_N), DOT_DTYPE), a, input_precision=PRECISION)
     for t in range(steps):
         x_after = _load_rows(table_ptrs, row, ROW)
-        row = _row_at(t + 3, ids_ptr, first_token, final, R, HAS_IDS)
+        row = _row_at(t + 3, ids_ptr, first_token, way, final, R, HAS_IDS)
 
         i, f, g, o = _as_gates(a, BLOCKS, COLUMNS, WARPS)
         i = _tanh(i, APPROXIMATE)
@@ -159,10 +174,16 @@ def _siamese_fwd_kernel(
         c = 0.5 * (i * g + ((f * c + c) + g))
         tanh_c = _tanh(c, APPROXIMATE)
         h = o * tanh_c + tanh_c
-        if HAS_MASK:
+        if POOLING == "mask":
             inside = t <= last
-            m = tl.load(mask_ptr + (first_token + t), mask=inside, other=0.0)
+            m = tl.load(mask_ptr + (first_token + way * t), mask=inside, other=0.0)
             v += _at_units(m.to(tl.float32)) * tl.where(_at_units(inside), h, 0.0)
+        elif POOLING == "max":
+            # so that a nan is the largest; the first of equal ones stays
+            higher = _at_units(t <= last) & ~(h <= v)
+            v = tl.where(higher, h, v)
+            if STORE_RECORDS:
+                peak = tl.where(higher, t, peak)
         else:
             v = tl.where(_at_units(t == last), h, v)
 
@@ -187,28 +208,39 @@ def _siamese_fwd_kernel(
         if STORE_RECORDS:
             inside = _at_units(t <= last)
             # rows are addressed through 32 bits: one wide multiply-add an address
-            at = _at_units(record_row).to(tl.int64)
+            at = _at_units(gap).to(tl.int64)
             values = tl.join(tl.join(i, g), tl.join(f, h - h * o))
             values = tl.reshape(values, h.shape + (4,))
             _store_cells(gates_ptrs + tl.expand_dims(at * (4 * BLOCK_H), 6), values, inside, 6)
             values = tl.join(o - tanh_c * h, c_before)
             _store_cells(cells_ptrs + tl.expand_dims(at * (2 * BLOCK_H), 6), values, inside, 6)
             _store_cells(states_ptrs + at * BLOCK_H, h, inside, 6)
-            record_row += 1
+            gap += way
+        if STORE_OUTPUTS:
+            inside = _at_units(t <= last) & (unit_apart < H)
+            at = _at_units(token).to(tl.int64) * (DIRECTIONS * H)
+            _store_cells(outputs_ptrs + at, 0.5 * h, inside, 6)
+            token += way
 
+    if POOLING == "max":
+        v = tl.where(_at_units(length > 0), v, 0.0)
     v = 0.5 * v
-    offs = _at_units(seq).to(tl.int64) * H + unit
-    tl.store(h_ptr + offs, v.to(h_ptr.dtype.element_ty), mask=_at_units(live) & (unit < H))
+    offs = (_at_units(seq).to(tl.int64) * DIRECTIONS + direction) * H + unit
+    inside = _at_units(live) & (unit < H)
+    tl.store(vectors_ptr + offs, v.to(DTYPE), mask=inside)
+    if POOLING == "max" and STORE_RECORDS:
+        tl.store(peaks_ptr + offs, peak, mask=inside)
     if PAIRED:
         left, right = tl.split(tl.permute(v, (0, 1, 3, 4, 5, 2)))
         distance = tl.sum(tl.sum(tl.sum(tl.abs(left - right), 3), 2), 0)
-        if HAS_LEARNED_SCALE:
-            scale = tl.load(learned_scale_ptr).to(tl.float32)
         # the left one of a pair's sequences has the pair's number
         pair = tl.min(tl.minimum(seq, other), 1)
         live = tl.max(live.to(tl.int32), 1) > 0
-        tl.store(distance_ptr + pair, distance, mask=live)
-        tl.store(similarity_ptr + pair, tl.exp(-scale * distance), mask=live)
+        tl.store(distance_ptr + direction * B + pair, distance, mask=live)
+        if DIRECTIONS == 1:
+            if HAS_LEARNED_SCALE:
+                scale = tl.load(learned_scale_ptr).to(tl.float32)
+            tl.store(similarity_ptr + pair, tl.exp(-scale * distance), mask=live)
 
 
 def siamese_fwd(
@@ -221,36 +253,42 @@ def siamese_fwd(
     scale: float,
     H: int,
     steps: int,
+    pooling: str,
     paired: bool,
     allow_tf32: bool,
     dtype: torch.dtype,
     store_records: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    store_outputs: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Run all sequences; see `fastsiam._ops.siamese_infer` and `siamese_fwd` for the tensors.
 
     Returns:
-        Similarity and L1 of the pairs, [B] float32; vectors [N, H] of dtype; records, empty unless
-        wanted.
+        Similarity and L1 of the pairs, [B] float32; vectors [N, P * H] and outputs [N, T, P * H] of
+        dtype; gates, cells and states for the backward; peaks [N, P * H] int32, the steps of the
+        maxima. What is not wanted is empty.
     """
-    N = lengths.shape[0]
+    N, P = lengths.shape[0], table.shape[1]
     B = N // 2 if paired else N
     nothing = N == 0 or steps == 0
     new = torch.zeros if nothing else torch.empty
-    h = new((N, H), device=table.device, dtype=dtype)
-    distance = new(B if paired else 0, device=h.device)
-    similarity = torch.exp(distance) if nothing else torch.empty_like(distance)
-    shapes = _packing.record_shapes(N, steps, H) if store_records else ((0,),) * 3
-    gates, cells = (torch.empty(shape, device=h.device, dtype=dtype) for shape in shapes[:2])
+    vectors = new((N, P * H), device=table.device, dtype=dtype)
+    distance = new((P, B if paired else 0), device=vectors.device)
+    similarity = torch.exp(distance[0]) if nothing else torch.empty_like(distance[0])
+    # zero behind a sequence's end, where no step writes
+    outputs = vectors.new_zeros((N, steps, P * H) if store_outputs else 0)
+    shapes = _packing.record_shapes(N, steps, H, P) if store_records else ((0,),) * 3
+    gates, cells = (vectors.new_empty(shape) for shape in shapes[:2])
     # read whole by the weight's gradient, so what no step writes is zero
-    states = torch.zeros(shapes[2], device=h.device, dtype=dtype)
+    states = vectors.new_zeros(shapes[2])
+    wants_peaks = store_records and pooling == "max"
+    peaks = torch.empty_like(vectors if wants_peaks else vectors[:0, 0], dtype=torch.int32)
     if nothing:
-        return similarity, distance, h, gates, cells, states
-    target = _tiling.target_of(h.device)
+        return similarity, distance[0], vectors, outputs, gates, cells, states, peaks
+    target = _tiling.target_of(vectors.device)
     how = _tiling.arithmetic(dtype, allow_tf32, target)
     tile = _tiling.forward_tile(H, dtype, how.PRECISION, target)
     order = _tiling.pair_order(lengths, B, target)
-    grid = (triton.cdiv(N, tile.sequences),)
-    _siamese_fwd_kernel[grid](
+    _siamese_fwd_kernel[(triton.cdiv(N, tile.sequences), P)](
         table_ptr=table,
         weight_ptr=weight,
         ids_ptr=lengths if ids is None else ids,
@@ -260,12 +298,12 @@ def siamese_fwd(
         learned_scale_ptr=similarity if learned_scale is None else learned_scale,
         similarity_ptr=similarity,
         distance_ptr=distance,
-        h_ptr=h,
-        # step t of a sequence goes to row t + 1 of its T + 1: its h then stands beside the gate
-        # gradients of the step that it entered, and the backward may read a row too far
-        gates_ptr=gates[1:],
-        cells_ptr=cells[1:],
-        states_ptr=states[1:],
+        vectors_ptr=vectors,
+        outputs_ptr=outputs,
+        gates_ptr=gates,
+        cells_ptr=cells,
+        states_ptr=states,
+        peaks_ptr=peaks,
         scale=scale,
         B=B,
         T=steps,
@@ -276,13 +314,20 @@ def siamese_fwd(
         BLOCK_N=tile.sequences,
         WARPS=tile.num_warps,
         STREAM=tile.stream,
+        DIRECTIONS=P,
+        POOLING=pooling,
         PAIRED=paired,
         HAS_IDS=ids is not None,
-        HAS_MASK=mask is not None,
         HAS_ORDER=order is not None,
         HAS_LEARNED_SCALE=learned_scale is not None,
         STORE_RECORDS=store_records,
+        STORE_OUTPUTS=store_outputs,
         num_warps=tile.num_warps,
         **how._asdict(),
     )
-    return similarity, distance, h, gates, cells, states
+    if P == 1:
+        return similarity, distance[0], vectors, outputs, gates, cells, states, peaks
+    # no program has both directions of a pair
+    total = distance.sum(dim=0)
+    similarity = torch.exp(-(scale if learned_scale is None else learned_scale) * total)
+    return similarity, total, vectors, outputs, gates, cells, states, peaks

@@ -41,25 +41,42 @@ TARGETS = tuple(_tiling.SHARED_BYTES)
 DTYPES = ("bfloat16", "float16", "tf32", "float32")
 HIDDEN = (16, 50, 64, 100, 128)
 
-COMMON = {"PAIRED": True, "HAS_MASK": False, "HAS_ORDER": False}
-PLAIN_FWD = COMMON | {"HAS_IDS": True, "HAS_LEARNED_SCALE": False, "STORE_RECORDS": False}
-PLAIN_BWD = COMMON | {"HAS_DPAIR": True, "HAS_DH": False}
+COMMON = {"DIRECTIONS": 1, "POOLING": "last", "PAIRED": True, "HAS_ORDER": False}
+PLAIN_FWD = COMMON | {
+    "HAS_IDS": True,
+    "HAS_LEARNED_SCALE": False,
+    "STORE_RECORDS": False,
+    "STORE_OUTPUTS": False,
+}
+PLAIN_BWD = COMMON | {"HAS_DPAIR": True, "HAS_DVECTORS": False, "HAS_DOUTPUTS": False}
 TRAIN = PLAIN_FWD | {"STORE_RECORDS": True}
-ENCODE_BWD = PLAIN_BWD | {"PAIRED": False, "HAS_DPAIR": False, "HAS_DH": True}
+ENCODE_BWD = PLAIN_BWD | {"PAIRED": False, "HAS_DPAIR": False, "HAS_DVECTORS": True}
+BOTH_WAYS = {"DIRECTIONS": 2}
+MAXIMUM = {"POOLING": "max"}
+MASKED = {"POOLING": "mask"}
 PLAIN = ("siamese_fwd", "siamese_fwd_train", "siamese_bwd")
 KERNELS = {
     "siamese_fwd": (_siamese_fwd_kernel, PLAIN_FWD),
     "siamese_fwd_train": (_siamese_fwd_kernel, TRAIN),
     "siamese_bwd": (_siamese_bwd_kernel, PLAIN_BWD),
     "siamese_fwd_dense": (_siamese_fwd_kernel, PLAIN_FWD | {"HAS_IDS": False}),
-    "siamese_fwd_mask": (_siamese_fwd_kernel, PLAIN_FWD | {"HAS_MASK": True}),
+    "siamese_fwd_mask": (_siamese_fwd_kernel, PLAIN_FWD | MASKED),
     "siamese_fwd_grouped": (_siamese_fwd_kernel, PLAIN_FWD | {"HAS_ORDER": True}),
     "siamese_fwd_encode": (_siamese_fwd_kernel, PLAIN_FWD | {"PAIRED": False}),
     "siamese_fwd_train_dense": (_siamese_fwd_kernel, TRAIN | {"HAS_IDS": False}),
-    "siamese_fwd_train_mask": (_siamese_fwd_kernel, TRAIN | {"HAS_MASK": True}),
+    "siamese_fwd_train_mask": (_siamese_fwd_kernel, TRAIN | MASKED),
     "siamese_fwd_train_learned": (_siamese_fwd_kernel, TRAIN | {"HAS_LEARNED_SCALE": True}),
-    "siamese_bwd_mask": (_siamese_bwd_kernel, PLAIN_BWD | {"HAS_MASK": True}),
+    "siamese_bwd_mask": (_siamese_bwd_kernel, PLAIN_BWD | MASKED),
     "siamese_bwd_encode": (_siamese_bwd_kernel, ENCODE_BWD),
+    "siamese_fwd_both_ways": (_siamese_fwd_kernel, PLAIN_FWD | BOTH_WAYS),
+    "siamese_fwd_max": (_siamese_fwd_kernel, PLAIN_FWD | MAXIMUM),
+    "siamese_fwd_outputs": (_siamese_fwd_kernel, PLAIN_FWD | {"STORE_OUTPUTS": True}),
+    "siamese_fwd_train_both_ways": (_siamese_fwd_kernel, TRAIN | BOTH_WAYS),
+    "siamese_fwd_train_max": (_siamese_fwd_kernel, TRAIN | MAXIMUM),
+    "siamese_fwd_train_outputs": (_siamese_fwd_kernel, TRAIN | {"STORE_OUTPUTS": True}),
+    "siamese_bwd_both_ways": (_siamese_bwd_kernel, PLAIN_BWD | BOTH_WAYS),
+    "siamese_bwd_max": (_siamese_bwd_kernel, PLAIN_BWD | MAXIMUM),
+    "siamese_bwd_outputs": (_siamese_bwd_kernel, PLAIN_BWD | {"HAS_DOUTPUTS": True}),
 }
 # of the step loop on sm_90, instructions of one warp at most: kernel, dtype, block of H, warps
 BOUNDS = {
@@ -151,8 +168,11 @@ def compile_job(job: Job) -> Any:
         "ids_ptr": "*i64",
         "lengths_ptr": "*i64",
         "order_ptr": "*i64",
-        "h_ptr": element,
-        "dh_ptr": element,
+        "vectors_ptr": element,
+        "dvectors_ptr": element,
+        "outputs_ptr": element,
+        "doutputs_ptr": element,
+        "peaks_ptr": "*i32",
         "gates_ptr": words if backward else element,
         "cells_ptr": words if backward else element,
         "states_ptr": element,
