@@ -58,7 +58,7 @@ def _(
             x.new_empty(weight, dtype=_packing.bits_dtype(x.dtype)),
         )
     dtype = batched.compute_dtype(x.dtype)
-    shapes = (P, x.shape[0], 4 * H), (P, H, 4 * H)
+    shapes = (P, x.shape[0], 4 * H), (P, H, weight_hh.shape[1])
     return x.new_empty(shapes[0], dtype=dtype), x.new_empty(shapes[1], dtype=dtype)
 
 
@@ -555,9 +555,7 @@ siamese_fwd.register_autograd(_siamese_backward, setup_context=_siamese_setup_co
 
 
 @torch.library.custom_op("fastsiam::manhattan_topk", mutates_args=())
-def manhattan_topk(
-    queries: Tensor, corpus: Tensor, k: int, backend: str
-) -> tuple[Tensor, Tensor]:
+def manhattan_topk(queries: Tensor, corpus: Tensor, k: int, backend: str) -> tuple[Tensor, Tensor]:
     """Return L1, [Q, k] float32, and indices of the k rows of corpus nearest to each query."""
     if backend == "triton":
         from fastsiam.kernels.pairwise import manhattan_pairs

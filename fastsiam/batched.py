@@ -10,7 +10,7 @@ gradients a block at a time.
 
 A layer has P directions, one or two, that run one after the other. Direction 1 reads a sequence
 from its last valid token to its first; "own time" counts a direction's steps from where it begins.
-What a step computes is the cell's business: `batched_lstm`.
+What a step computes is the cell's business: `batched_lstm`, `batched_gru`.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastsiam import batched_lstm
+from fastsiam import batched_gru, batched_lstm
 
-CELLS: dict[str, ModuleType] = {"lstm": batched_lstm}
+CELLS: dict[str, ModuleType] = {"lstm": batched_lstm, "gru": batched_gru}
 
 # sequences in a group, and packed rows that a block has at least where its group has as many
 GROUP = 1024
@@ -105,7 +105,7 @@ def prepare(
     """Project the rows of x, [R, D], and lay the recurrent weights out for `infer`.
 
     Returns:
-        [P, R, 4H] and [P, H, 4H].
+        [P, R, 4H] and [P, H, 4H], for a GRU [P, H, 3H].
     """
     how, dtype = CELLS[cell], compute_dtype(x.dtype)
     tables = [_project(how, x, weight_ih[p], _of(bias, p)) for p in range(weight_ih.shape[0])]
@@ -127,7 +127,7 @@ def infer(
     """Run a layer over projected rows and keep nothing that only a backward needs.
 
     Args:
-        table, weight: [P, R, 4H] and [P, H, 4H] from `prepare`.
+        table, weight: from `prepare`.
         ids: [N, T] rows of the table, or None where row n * T + t is the token's own.
         lengths: [N].
         mask: [N, T] for pooling "mask", else None.

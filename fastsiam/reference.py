@@ -50,7 +50,44 @@ def lstm_states(
     return torch.stack(states, dim=1)
 
 
-STATES = {"lstm": lstm_states}
+def gru_states(
+    x: Tensor,
+    lengths: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias: Tensor | None,
+    reverse: bool = False,
+) -> Tensor:
+    """Run one direction of a GRU layer (nn.GRU's equations) as `lstm_states` does.
+
+    Args:
+        x, lengths, reverse: as there.
+        weight_ih: [3H, D], gates r, z, n.
+        weight_hh: [3H, H].
+        bias: [4H], of nn.GRU's two biases the sums of r and of z, the input's of n and the state's
+            of n, which the reset gate multiplies; or None.
+
+    Returns:
+        [N, T, H]: the state after reading each step; zero behind a sequence's end.
+    """
+    N, T, _ = x.shape
+    H = weight_hh.shape[1]
+    h = x.new_zeros(N, H)
+    b_r, b_z, b_in, b_hn = x.new_zeros(4, H) if bias is None else bias.view(4, H)
+    states: list[Tensor] = [h] * T
+    for t in reversed(range(T)) if reverse else range(T):
+        alive = (t < lengths).unsqueeze(1)
+        x_r, x_z, x_n = (torch.where(alive, x[:, t], 0) @ weight_ih.T).chunk(3, dim=1)
+        h_r, h_z, h_n = (h @ weight_hh.T).chunk(3, dim=1)
+        r = torch.sigmoid(x_r + h_r + b_r)
+        z = torch.sigmoid(x_z + h_z + b_z)
+        n = torch.tanh(x_n + b_in + r * (h_n + b_hn))
+        h = torch.where(alive, (1 - z) * n + z * h, 0)
+        states[t] = h
+    return torch.stack(states, dim=1)
+
+
+STATES = {"lstm": lstm_states, "gru": gru_states}
 
 
 def pool(
