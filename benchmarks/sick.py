@@ -25,8 +25,10 @@ from fastsiam.text.batches import grouped_batches
 from fastsiam.text.datasets import DataError
 from fastsiam.training.config import Config
 from fastsiam.training.data import EncodedPairs, Inputs, load_inputs
+from fastsiam.training.epoch import run_epoch
 from fastsiam.training.evaluate import Metrics
-from fastsiam.training.loop import run_epoch, train
+from fastsiam.training.loop import train
+from fastsiam.training.objective import MeanSquaredError
 from fastsiam.training.start import initialize, make_optimizer
 
 TIMED_EPOCHS = 9
@@ -126,6 +128,7 @@ def time_epochs(config: Config, inputs: Inputs) -> None:
 
     steps = (1 + TIMED_EPOCHS) * -(-len(pairs) // config.batch_size)
     tools = {name: make_optimizer(module, config, steps) for name, module in contenders.items()}
+    objectives = {name: MeanSquaredError(module) for name, module in contenders.items()}
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for epoch in range(1 + TIMED_EPOCHS):
         batches = epoch_batches(pairs, config, epoch)
@@ -133,7 +136,7 @@ def time_epochs(config: Config, inputs: Inputs) -> None:
         # each takes its turn to be first
         for name in names[epoch % 3 :] + names[: epoch % 3]:
             start = time.perf_counter()
-            run_epoch(contenders[name], pairs, batches, *tools[name], config.clip)
+            run_epoch(objectives[name], pairs, batches, *tools[name], clip=config.clip)
             if epoch > 0:  # the first warms up
                 times[name].append(time.perf_counter() - start)
     print(

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import tempfile
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -30,7 +33,7 @@ WRONG_USE, BAD_DATA, ENVIRONMENT, INTERRUPTED = 2, 3, 4, 130
 EXIT_CODES = (
     "Exit codes: 0 done; 2 wrong use (an option, a run folder that is not empty); 3 bad data (a "
     "file that is missing, damaged or out of range); 4 environment (a package, device or backend "
-    "that this machine lacks, a disk that cannot be written); 130 interrupted."
+    "that this machine lacks, a disk that cannot be written); 130 interrupted; 143 terminated."
 )
 EXAMPLES = 6  # pairs that `demo` prints
 
@@ -148,6 +151,15 @@ def train_command(
     ] = None,
     columns: Columns = None,
     score_range: ScoreRange = None,
+    precision: Annotated[
+        str, typer.Option(metavar="float32|bf16", help="What the recurrence computes in.")
+    ] = Config.precision,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in --out, if there is one.")
+    ] = False,
+    checkpoint_every: Annotated[
+        int, typer.Option(help="Steps between checkpoints; 0: one an epoch.")
+    ] = Config.checkpoint_every,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print the result alone.")] = False,
 ) -> None:
     """Train on scored sentence pairs; --columns and --score-range hold for every file."""
@@ -175,6 +187,9 @@ def train_command(
             seed=seed,
             backend=backend,
             device=device,
+            precision=cast(Literal["float32", "bf16"], precision),
+            resume=resume,
+            checkpoint_every=checkpoint_every,
         )
         _train(config, quiet)
         typer.echo(f"run folder: {out}")
@@ -293,12 +308,17 @@ class _Screen:
             self._say(f"sentences cut to {model.max_len} tokens: {inputs.truncated}")
         self._say(f"backend: {model.lstm.explain()}")
 
+    def on_resume(self, records: Sequence[EpochRecord], step: int, pairs: int) -> None:
+        self.progress.advance(self.task, pairs)
+        if not self.quiet:
+            self._say(f"resumed: {len(records)} epochs and {step} steps are done")
+
     def on_batch(self, pairs: int) -> None:
         self.progress.advance(self.task, pairs)
 
     def on_epoch(self, record: EpochRecord, best: bool) -> None:
         figures = (
-            f"loss {record.loss:.4f}  dev Pearson {_number(record.dev_pearson)}  "
+            f"loss {_number(record.loss)}  dev Pearson {_number(record.dev_pearson)}  "
             f"{record.pairs_per_s:.0f} pairs/s"
         )
         name = f"{record.phase} epoch {record.epoch}/{self.epochs}"
@@ -311,22 +331,35 @@ class _Screen:
 
 
 def _train(config: Config, quiet: bool) -> Result:
-    screen = _Screen(config.epochs, quiet)
-    with screen.progress:
+    # of several processes, the first speaks for all
+    screen = _Screen(config.epochs, quiet or os.environ.get("RANK", "0") != "0")
+    with screen.progress, _plain_warnings():
         result = train(config, screen)
     if result.interrupted:
         best = result.best
         kept = "of the first steps" if best is None else f"of epoch {best.epoch}, the best so far,"
-        typer.echo(f"fastsiam: interrupted; the model {kept} is in {config.out}", err=True)
-        raise typer.Exit(INTERRUPTED)
+        how = "terminated" if result.signal == signal.SIGTERM else "interrupted"
+        typer.echo(
+            f"fastsiam: {how}; the model {kept} is in {config.out}, and --resume goes on", err=True
+        )
+        raise typer.Exit(128 + result.signal)
     assert result.best is not None
     best = result.best
+    assert best.dev_mse is not None
     dev = Metrics(len(result.inputs.dev), best.dev_pearson, best.dev_spearman, best.dev_mse)
     rows = {f"dev (epoch {best.epoch})": dev}
     if result.test is not None:
         rows["test"] = result.test.metrics
     _print_metrics(rows)
     return result
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Show a warning as one line of ours, without the place in the code."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: typer.echo(f"fastsiam: {message}", err=True)
+        yield
 
 
 def _print_metrics(rows: Mapping[str, Metrics]) -> None:

@@ -50,6 +50,7 @@ ORDER = [
     ("training.epoch",),
     ("training.fit",),
     ("training.loop",),
+    ("training.recipe",),
     ("training",),
     ("cli",),
     ("__main__",),

@@ -107,6 +107,9 @@ class Config:
         seed: of the start and of the order of the pairs.
         backend: as for `SiameseLSTM`.
         device: None means CUDA where there is one, else the CPU.
+        precision: "float32", or "bf16": the recurrence computes in bfloat16, weights stay float32.
+        resume: go on with the run in `out`, if there is one.
+        checkpoint_every: steps between checkpoints within an epoch; 0: only where one ends.
 
     Raises:
         ValueError: a value out of range.
@@ -152,6 +155,9 @@ class Config:
     seed: int = 0
     backend: str = "auto"
     device: str | None = None
+    precision: Literal["float32", "bf16"] = "float32"
+    resume: bool = False
+    checkpoint_every: int = 0
 
     def __post_init__(self) -> None:
         counts = ("epochs", "pretrain_epochs", "patience", "batch_size", "hidden_size", "max_len")
@@ -175,6 +181,8 @@ class Config:
             raise ValueError(f"seed must be from 0 to 2**63 - 1, got {self.seed}")
         if not self.vectors:
             raise ValueError("vectors must name at least one file, got none")
+        if self.checkpoint_every < 0:
+            raise ValueError(f"checkpoint_every must be 0 or more, got {self.checkpoint_every}")
         if self.folds < 2:
             raise ValueError(f"folds must be at least 2, got {self.folds}")
         if self.fold is not None and not 0 <= self.fold < self.folds:
@@ -187,6 +195,7 @@ class Config:
             "schedule": ("cosine", "constant"),
             "oov": ("zero", "random"),
             "backend": BACKENDS,
+            "precision": ("float32", "bf16"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:

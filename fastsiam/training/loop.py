@@ -1,38 +1,48 @@
-"""Train, keep the epoch that is best on dev, score the test pairs."""
+"""From files to a run folder: train, keep the epoch that is asked for, score the test pairs."""
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
-import math
 import platform
-import time
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.nn.utils import clip_grad_norm_
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch import Tensor
 
-from fastsiam.model import TextSiamese
-from fastsiam.text.batches import grouped_batches
+from fastsiam.model import TextSiamese, pick_device
+from fastsiam.training.checkpoint import Checkpoint
 from fastsiam.training.config import Config
-from fastsiam.training.data import EncodedPairs, Inputs, load_inputs
-from fastsiam.training.evaluate import Evaluation, evaluate, measure
+from fastsiam.training.data import Inputs, load_inputs
+from fastsiam.training.evaluate import Evaluation, Metrics, evaluate, measure, score_pairs
+from fastsiam.training.fit import Fit, Phase, fit
+from fastsiam.training.guard import NotFiniteError
+from fastsiam.training.objective import make_objective
 from fastsiam.training.report import EpochRecord, RunFolder
+from fastsiam.training.signals import stop_signals
+from fastsiam.training.source import PairBatches
 from fastsiam.training.start import initialize, make_optimizer
+from fastsiam.training.world import World, find_world
 
 NEEDED = ("gensim", "matplotlib", "nltk", "safetensors", "scipy")
+# settings that a resumed run may change: names of places, and how a recipe is carried out.
+# What the files hold is compared instead of their names
+FREE = {
+    *("train", "dev", "test", "pretrain", "vectors", "synonyms", "spelling", "out"),
+    *("device", "resume", "checkpoint_every", "ensemble", "calibrate"),
+}
 
 
 class Watcher(Protocol):
-    """Is told how a run goes."""
+    """Is told how a run goes; Ctrl-C in it ends the run after the step."""
 
     def on_start(self, inputs: Inputs, model: TextSiamese, pairs: int) -> None:
         """The inputs are read; `pairs` training pairs will be seen in all."""
+
+    def on_resume(self, records: Sequence[EpochRecord], step: int, pairs: int) -> None:
+        """A checkpoint was taken up: the epochs so far, the steps, and the pairs seen in them."""
 
     def on_batch(self, pairs: int) -> None:
         """A step is done."""
@@ -46,37 +56,48 @@ class Result:
     """What a run came to.
 
     Attributes:
-        model: with the weights of the best epoch.
+        model: with the weights of the epoch that is kept.
         best: that epoch; None where the run was interrupted before the first one ended.
         inputs: what was read.
         test: how the test pairs were scored; None without them, or after an interruption.
-        interrupted: whether Ctrl-C ended the run.
+        signal: number of the signal that ended the run early, SIGINT or SIGTERM, or 0.
     """
 
     model: TextSiamese
     best: EpochRecord | None
     inputs: Inputs
     test: Evaluation | None
-    interrupted: bool
+    signal: int
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether a signal ended the run."""
+        return self.signal != 0
 
 
-def train(config: Config, watcher: Watcher | None = None) -> Result:
+def train(config: Config, watcher: Watcher | None = None, inputs: Inputs | None = None) -> Result:
     """Run a training from files to a run folder.
 
-    All inputs are checked first. The folder gets `metrics.csv` and, at each epoch that is better
-    on dev than those before, the model; at the end `predictions.tsv`, `plot.png` and `run.json`.
-    Ctrl-C ends the run with what there is by then.
+    All inputs are checked first. The folder gets `metrics.csv`, `checkpoints/` and, at each epoch
+    that is kept, the model; at the end the model of the last epoch in `last/`, `predictions.tsv`,
+    `plot.png` and `run.json`. Ctrl-C and SIGTERM end the run after the step, with a checkpoint and
+    what there is by then; a second Ctrl-C ends it at once. `config.resume` goes on from the newest
+    checkpoint.
+
+    Started several times by torchrun or `accelerate launch`, the processes share each batch; the
+    first writes the folder.
 
     Args:
-        config: the settings.
+        config: the settings; one model is trained, whatever its `ensemble` and `calibrate`.
         watcher: told of the progress, if given.
+        inputs: what `load_inputs` read with the same settings; None: read now.
 
     Returns:
         The trained model and its figures.
 
     Raises:
-        DataError: a file that cannot be used.
-        ValueError: `config.out` is not empty, or the loss is not finite.
+        DataError: a file that cannot be used, or a run folder without a whole checkpoint.
+        ValueError: `config.out` is in use, its run had another recipe, or the loss is not finite.
         ImportError: a package is missing.
         UnavailableError: the device or the backend cannot be used on this machine.
         OSError: the run folder cannot be written.
@@ -86,34 +107,133 @@ def train(config: Config, watcher: Watcher | None = None) -> Result:
         raise ImportError(
             f"train: {', '.join(missing)} missing; install with: pip install {' '.join(missing)}"
         )
-    folder = RunFolder(config.out)
-    inputs = load_inputs(config)
+    world = find_world(pick_device(config.device))
+    folder = RunFolder(config.out, config.resume) if world.main else None
+    if inputs is None:
+        inputs = load_inputs(config)
     model = TextSiamese(
         inputs.vocabulary,
         inputs.table,
         config.hidden_size,
+        bidirectional=config.bidirectional,
+        pooling=config.pooling,
         scale=config.scale,
+        learn_scale=config.learn_scale,
         max_len=config.max_len,
         score_range=inputs.score_range,
         backend=config.backend,
         device=config.device,
     )
-    run = _Run(config, inputs, model, folder, watcher)
-    interrupted = False
-    try:
-        run.phases()
-    except KeyboardInterrupt:
-        interrupted = True
-    if run.best is not None:
-        model.lstm.load_state_dict(run.best_weights)
-    if interrupted:  # in the first epoch, or while the files were being written
-        model.save_pretrained(folder.path)
+    if watcher is not None:
+        total = sum(len(p) * config.epochs_of(phase) for phase, p in inputs.phases.items())
+        watcher.on_start(inputs, model, total)
+    # the caller's own random numbers go on as if nothing had been drawn
+    with torch.random.fork_rng(), stop_signals() as stop:
+        torch.manual_seed(config.seed)
+        observer = _Reporter(folder, model, watcher)
+        try:
+            outcome = _fit(config, inputs, model, world, observer, stop)
+        except NotFiniteError as error:
+            raise NotFiniteError(
+                f"{error}: lower lr ({config.first_lr:g}) or scale ({config.scale:g})"
+            ) from error
     test = None
-    if inputs.test is not None and not interrupted:
+    if inputs.test is not None and not outcome.signal:
         test = evaluate(model, inputs.test)
+    if folder is not None:
+        _write(folder, config, inputs, model, outcome, test)
+    return Result(model, outcome.best, inputs, test, outcome.signal)
+
+
+def _fit(
+    config: Config,
+    inputs: Inputs,
+    model: TextSiamese,
+    world: World,
+    observer: _Reporter,
+    stop: Callable[[], int],
+) -> Fit:
+    generator = torch.Generator().manual_seed(config.seed)
+    initialize(model.lstm, config.forget_bias, generator, config.start)
+    objective = make_objective(model.lstm, config, generator)
+    phases = []
+    for name, pairs in inputs.phases.items():
+        source, epochs = PairBatches(pairs, config.batch_size), config.epochs_of(name)
+        optimizer, schedule = make_optimizer(objective, config, epochs * source.steps())
+        phases.append(
+            Phase(name, source, epochs, optimizer, schedule, config.select, config.patience)
+        )
+
+    def dev() -> Metrics:
+        return measure(score_pairs(model, inputs.dev, world), inputs.dev.similarity)
+
+    outcome = fit(
+        objective,
+        phases,
+        dev=dev,
+        clip=config.clip,
+        generator=generator,
+        checkpoint=Checkpoint(
+            config.out / "checkpoints",
+            every=config.checkpoint_every,
+            recipe=_recipe(config, inputs),
+        ),
+        precision=config.precision,
+        stop=stop,
+        observer=observer,
+        world=world,
+    )
+    if world.main and not outcome.signal:
+        objective.load_state_dict(outcome.last, strict=False)
+        model.save_pretrained(config.out / "last")
+        objective.load_state_dict(outcome.kept, strict=False)
+    return outcome
+
+
+class _Reporter:
+    """Writes the run folder while training goes on, and tells the watcher."""
+
+    def __init__(
+        self, folder: RunFolder | None, model: TextSiamese, watcher: Watcher | None
+    ) -> None:
+        self.folder, self.model, self.watcher = folder, model, watcher
+        self.records: list[EpochRecord] = []
+
+    def on_resume(self, records: Sequence[EpochRecord], step: int, pairs: int) -> None:
+        self.records = list(records)
+        if self.folder is not None and records:
+            self.folder.write_metrics(self.records)
+        if self.watcher is not None:
+            self.watcher.on_resume(records, step, pairs)
+
+    def on_batch(self, pairs: int) -> None:
+        if self.watcher is not None:
+            self.watcher.on_batch(pairs)
+
+    def on_epoch(self, record: EpochRecord, best: bool) -> None:
+        self.records.append(record)
+        if self.folder is not None:
+            self.folder.write_metrics(self.records)
+            if best:
+                self.model.save_pretrained(self.folder.path)
+        if self.watcher is not None:
+            self.watcher.on_epoch(record, best)
+
+
+def _write(
+    folder: RunFolder,
+    config: Config,
+    inputs: Inputs,
+    model: TextSiamese,
+    outcome: Fit,
+    test: Evaluation | None,
+) -> None:
+    """Write what a run leaves at its end; `model` has the weights that are kept."""
+    model.save_pretrained(folder.path)
+    if inputs.test is not None and test is not None:
         folder.write_predictions(inputs.test, test.similarity)
-    if run.records:
-        folder.write_plot(run.records)
+    if outcome.records:
+        folder.write_plot(outcome.records)
     folder.write_run(
         {
             "config": config.to_dict(),
@@ -124,143 +244,38 @@ def train(config: Config, watcher: Watcher | None = None) -> Result:
             "dropped": inputs.dropped,
             "truncated": inputs.truncated,
             "token_coverage": inputs.coverage.token_share,
-            "interrupted": interrupted,
-            "best": None if run.best is None else asdict(run.best),
+            "steps": outcome.step,
+            "skipped": sum(record.skipped for record in outcome.records),
+            "interrupted": outcome.signal != 0,
+            "best": None if outcome.best is None else asdict(outcome.best),
             "test": None if test is None else asdict(test.metrics),
         }
     )
-    return Result(model, run.best, inputs, test, interrupted)
 
 
-class _Run:
-    """The state of a run: its random numbers, its records and the best weights so far."""
-
-    def __init__(
-        self,
-        config: Config,
-        inputs: Inputs,
-        model: TextSiamese,
-        folder: RunFolder,
-        watcher: Watcher | None,
-    ) -> None:
-        self.config, self.inputs, self.model = config, inputs, model
-        self.folder, self.watcher = folder, watcher
-        self.generator = torch.Generator().manual_seed(config.seed)
-        initialize(model.lstm, config.forget_bias, self.generator, config.start)
-        self.records: list[EpochRecord] = []
-        self.best: EpochRecord | None = None
-        self.best_weights = _copy(model.lstm)
-
-    def phases(self) -> None:
-        """Run every phase, each from the best weights so far."""
-        if self.watcher is not None:
-            total = sum(map(len, self.inputs.phases.values())) * self.config.epochs
-            self.watcher.on_start(self.inputs, self.model, total)
-        for phase, pairs in self.inputs.phases.items():
-            self.model.lstm.load_state_dict(self.best_weights)
-            steps = self.config.epochs * -(-len(pairs) // self.config.batch_size)
-            optimizer, schedule = make_optimizer(self.model.lstm, self.config, steps)
-            for epoch in range(1, self.config.epochs + 1):
-                self._epoch(phase, pairs, epoch, optimizer, schedule)
-
-    def _epoch(
-        self,
-        phase: str,
-        pairs: EncodedPairs,
-        epoch: int,
-        optimizer: Optimizer,
-        schedule: LRScheduler,
-    ) -> None:
-        start = time.perf_counter()
-        loss, gradient_norm = run_epoch(
-            self.model.lstm,
-            pairs,
-            grouped_batches(
-                pairs.left.lengths, pairs.right.lengths, self.config.batch_size, self.generator
-            ),
-            optimizer,
-            schedule,
-            self.config.clip,
-            None if self.watcher is None else self.watcher.on_batch,
-        )
-        time_s = time.perf_counter() - start
-        if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
-            raise ValueError(
-                f"train: the loss or its gradient is not finite in epoch {epoch} of {phase}; "
-                f"lower lr ({self.config.first_lr:g}) or scale ({self.config.scale:g})"
-            )
-        dev = self.inputs.dev
-        metrics = measure(self.model.score(dev.left, dev.right), dev.similarity)
-        record = EpochRecord(
-            epoch,
-            phase,
-            loss,
-            metrics.pearson,
-            metrics.spearman,
-            metrics.mse,
-            time_s,
-            len(pairs) / time_s,
-            gradient_norm,
-            float(schedule.get_last_lr()[0]),
-        )
-        self.records.append(record)
-        self.folder.add_epoch(record)
-        better = self.best is None or _rank(record) > _rank(self.best)
-        if better:
-            self.model.save_pretrained(self.folder.path)
-            self.best, self.best_weights = record, _copy(self.model.lstm)
-        if self.watcher is not None:
-            self.watcher.on_epoch(record, better)
+def _recipe(config: Config, inputs: Inputs) -> dict[str, Any]:
+    """Return what a resumed run must share: the settings that act on it, and the files' content."""
+    settings = {name: value for name, value in config.to_dict().items() if name not in FREE}
+    contents = {f"content of {name}": _digest(pairs) for name, pairs in inputs.phases.items()}
+    words = "\n".join(inputs.vocabulary.words).encode()
+    return {
+        **settings,
+        "content of vectors": _digest(inputs.table, words),
+        **contents,
+        "content of dev": _digest(inputs.dev),
+    }
 
 
-def run_epoch(
-    module: nn.Module,
-    pairs: EncodedPairs,
-    batches: Iterable[Tensor],
-    optimizer: Optimizer,
-    schedule: LRScheduler,
-    clip: float,
-    on_batch: Callable[[int], None] | None = None,
-) -> tuple[float, float]:
-    """Train on each batch once, by the mean squared error of the similarities.
+def _digest(value: Any, more: bytes = b"") -> str:
+    """Return a short checksum of a tensor, or of every tensor in a dataclass."""
+    digest = hashlib.sha256(more)
 
-    Args:
-        module: called as `SiameseLSTM` is, with ids and lengths of both sides.
-        pairs: the training pairs.
-        batches: index tensors into them.
-        optimizer: holds the parameters to train.
-        schedule: moved on after each step.
-        clip: largest norm of the gradient.
-        on_batch: told the number of pairs after each step, if given.
+    def add(part: Any) -> None:
+        if isinstance(part, Tensor):
+            digest.update(str(tuple(part.shape)).encode() + part.cpu().numpy().tobytes())
+        elif is_dataclass(part):
+            for field in fields(part):
+                add(getattr(part, field.name))
 
-    Returns:
-        Mean loss over the pairs, and mean gradient norm over the steps.
-    """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    device = parameters[0].device
-    # summed where they are computed: no step waits for the device
-    loss_sum, norm_sum = torch.zeros(2, dtype=torch.float64, device=device)
-    seen = steps = 0
-    for rows in batches:
-        inputs, target, _ = pairs.batch(rows, device)
-        similarity = module(*inputs)
-        loss = F.mse_loss(similarity, target.to(similarity.dtype))
-        optimizer.zero_grad()
-        loss.backward()
-        norm = clip_grad_norm_(parameters, clip)
-        optimizer.step()
-        schedule.step()
-        loss_sum += loss.detach() * len(rows)
-        norm_sum += norm
-        seen, steps = seen + len(rows), steps + 1
-        if on_batch is not None:
-            on_batch(len(rows))
-    return float(loss_sum / seen), float(norm_sum / steps)
-
-
-def _copy(module: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
-
-
-def _rank(record: EpochRecord) -> float:
-    return -1.0 if record.dev_pearson is None else record.dev_pearson
+    add(value)
+    return digest.hexdigest()[:12]

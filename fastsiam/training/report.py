@@ -7,7 +7,7 @@ import io
 import json
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,23 @@ from torch import Tensor
 from fastsiam.model import write_file
 from fastsiam.text.datasets import Pairs
 
+# what a run leaves in its folder
+OWN = {
+    "checkpoints",
+    "config.json",
+    "folds",
+    "last",
+    "members",
+    "metrics.csv",
+    "model.safetensors",
+    "plot.png",
+    "predictions.tsv",
+    "run.json",
+    "steps.csv",
+    "tensorboard",
+    "vocabulary.json",
+}
+
 
 @dataclass(frozen=True)
 class EpochRecord:
@@ -25,59 +42,81 @@ class EpochRecord:
     Attributes:
         epoch: 1, 2, ... within the phase.
         phase: "pretrain" or "train".
-        loss: mean squared error of the similarities over the epoch's pairs, while training.
-        dev_pearson: on the dev pairs after the epoch; None where it is undefined.
+        loss: what is minimised, mean over the epoch's pairs while training; None where every step
+            was skipped.
+        dev_pearson: on the dev pairs after the epoch; None where it is undefined or not measured.
         dev_spearman: likewise.
         dev_mse: on the 1..5 scale.
         time_s: seconds of training, without the dev pairs.
         pairs_per_s: training pairs a second.
         gradient_norm: mean over the steps, before clipping.
         lr: learning rate at the end of the epoch.
+        mse: on the 1..5 scale, over the epoch's pairs while training.
+        pearson: over the epoch's pairs while training; None where it is undefined.
+        spearman: likewise.
+        clamped: training pairs whose similarity was within 1e-7 of 0 or of 1.
+        skipped: steps that changed nothing, since their loss or gradient was not finite.
+        steps: in the epoch.
     """
 
     epoch: int
     phase: str
-    loss: float
+    loss: float | None
     dev_pearson: float | None
     dev_spearman: float | None
-    dev_mse: float
+    dev_mse: float | None
     time_s: float
     pairs_per_s: float
-    gradient_norm: float
+    gradient_norm: float | None
     lr: float
+    mse: float | None
+    pearson: float | None
+    spearman: float | None
+    clamped: int
+    skipped: int
+    steps: int
 
 
 class RunFolder:
-    """A new folder for one run.
+    """The folder of one run.
 
     Args:
         path: a folder that is empty or does not exist.
+        resume: it may also be one that a run has begun to fill.
 
     Raises:
-        ValueError: the path is a file or a folder with something in it.
+        ValueError: the path is a file or a folder with something else in it.
         OSError: the folder cannot be made or written.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, resume: bool = False) -> None:
         if path.exists() and not path.is_dir():
             raise ValueError(f"out must be a new or empty folder, got the file {path}")
-        if path.exists() and any(path.iterdir()):
+        inside = {entry.name for entry in path.iterdir()} if path.exists() else set()
+        if inside and not resume:
             raise ValueError(
-                f"out must be a new or empty folder, got {path} with files in it; name another"
+                f"out must be a new or empty folder, got {path} with files in it; name another, or "
+                "resume the run that it holds"
+            )
+        # the parts of files that were being written when the run was killed
+        foreign = {name for name in inside - OWN if not name.endswith(".part")}
+        if foreign:
+            raise ValueError(
+                f"out must be a new or empty folder or that of a run to resume, got {path} with "
+                f"{min(foreign)} in it"
             )
         path.mkdir(parents=True, exist_ok=True)
         # a disk that cannot be written is noticed now, before any work
         tempfile.TemporaryFile(dir=path).close()
         self.path = path
 
-    def add_epoch(self, record: EpochRecord) -> None:
-        """Append a line to `metrics.csv`."""
-        values = asdict(record)
-        with (self.path / "metrics.csv").open("a", encoding="utf-8", newline="") as file:
-            table = csv.writer(file, lineterminator="\n")
-            if not file.tell():
-                table.writerow(values)
-            table.writerow(values.values())
+    def write_metrics(self, records: Sequence[EpochRecord]) -> None:
+        """Write `metrics.csv`, a line an epoch."""
+        text = io.StringIO(newline="")
+        table = csv.writer(text, lineterminator="\n")
+        table.writerow(field.name for field in fields(EpochRecord))
+        table.writerows(asdict(record).values() for record in records)
+        write_file(self.path / "metrics.csv", text.getvalue().encode())
 
     def write_run(self, facts: dict[str, Any]) -> None:
         """Write `run.json`: the settings and what came of them."""
@@ -104,10 +143,11 @@ class RunFolder:
         figure = Figure(figsize=(7, 4), layout="constrained")
         loss_axes = figure.subplots()
         epochs = range(1, len(records) + 1)
-        loss_axes.plot(epochs, [r.loss for r in records], color="tab:gray", label="training loss")
+        nan = float("nan")
+        losses = [nan if r.loss is None else r.loss for r in records]
+        loss_axes.plot(epochs, losses, color="tab:gray", label="training loss")
         loss_axes.set(xlabel="epoch", ylabel="training loss", ylim=(0, None))
         axes = loss_axes.twinx()
-        nan = float("nan")
         for name in ("pearson", "spearman"):
             values = [getattr(record, f"dev_{name}") for record in records]
             axes.plot(epochs, [nan if v is None else v for v in values], label=f"dev {name}")

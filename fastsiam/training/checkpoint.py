@@ -1,0 +1,155 @@
+"""The state of a run on disk: written whole or not at all, the newest two kept, checked when read.
+
+A checkpoint is one safetensors file. Its header holds the tree of plain values as JSON and the
+SHA-256 of that JSON and of every tensor; nothing in it is run when it is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsiam.model import write_file
+from fastsiam.text.files import DataError
+from fastsiam.training.pack import pack, unpack
+
+KEPT = 2
+FORMAT = "1"
+NAME = re.compile(r"step-(\d+)\.safetensors")
+
+
+class Checkpoint:
+    """The checkpoints of a run, in a folder of their own.
+
+    Args:
+        folder: made when the first one is saved.
+        every: steps between checkpoints within an epoch; 0: only where an epoch ends.
+        recipe: JSON-able settings that a continued run must share, by name.
+
+    Raises:
+        ValueError: `every` is negative.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        every: int = 0,
+        recipe: Mapping[str, Any] | None = None,
+    ) -> None:
+        if every < 0:
+            raise ValueError(f"Checkpoint: every must be at least 0, got {every}")
+        self.folder = Path(folder)
+        self.every = every
+        # as JSON gives it back, so that the two compare
+        self.recipe: dict[str, Any] = json.loads(json.dumps(dict(recipe or {})))
+
+    def save(self, step: int, state: Mapping[str, Any]) -> Path:
+        """Write the state after so many steps; only the newest two files stay.
+
+        Args:
+            step: names the file; a later state has a higher one or the same.
+            state: dicts, lists, tuples, text, numbers, None and tensors.
+
+        Raises:
+            OSError: the folder cannot be written.
+            TypeError: the state holds something else.
+        """
+        from safetensors.torch import save
+
+        text, tensors = pack({"recipe": self.recipe, "state": dict(state)})
+        header = {"format": FORMAT, "tree": text, "sha256": _digest(text, tensors)}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"step-{step:010d}.safetensors"
+        write_file(path, save(tensors, metadata=header))
+        _sync_folder(self.folder)
+        for old in self.files()[KEPT:]:
+            old.unlink(missing_ok=True)
+        for part in self.folder.glob(".*.part"):  # of a process that was killed
+            part.unlink(missing_ok=True)
+        return path
+
+    def load(self) -> dict[str, Any] | None:
+        """Return the newest state that is whole; None where nothing was saved yet.
+
+        A damaged file is named in a warning and set aside as `*.damaged`, and the one before it is
+        read.
+
+        Raises:
+            DataError: there are files, and none of them is whole.
+            ValueError: the recipe of the saved run is another one.
+        """
+        files = self.files()
+        for index, path in enumerate(files):
+            try:
+                tree = _read(path)
+            except DataError as error:
+                if index == len(files) - 1:
+                    raise DataError(f"{error}; no other checkpoint is left, start anew") from None
+                warnings.warn(f"{error}; going on from {files[index + 1].name}", stacklevel=2)
+                # else the next save would count it among the newest
+                path.rename(path.with_name(path.name + ".damaged"))
+                continue
+            self._check_recipe(tree["recipe"])
+            state: dict[str, Any] = tree["state"]
+            return state
+        return None
+
+    def files(self) -> list[Path]:
+        """Return the checkpoints, the newest first."""
+        found = [path for path in self.folder.glob("step-*") if NAME.fullmatch(path.name)]
+        return sorted(found, key=lambda path: int(path.name[5:-12]), reverse=True)
+
+    def _check_recipe(self, saved: dict[str, Any]) -> None:
+        for name in [*self.recipe, *(saved.keys() - self.recipe.keys())]:
+            was, now = saved.get(name), self.recipe.get(name)
+            if was != now:
+                raise ValueError(
+                    f"resume: {name} must be what it was in {self.folder}, {was!r}, got {now!r}; "
+                    "give that, or name a new folder"
+                )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except SafetensorError as error:
+        raise DataError(f"{path}: damaged ({error})") from error
+    if header.get("format") != FORMAT:
+        raise DataError(f"{path}: not a checkpoint that this fastsiam wrote")
+    if header.get("sha256") != _digest(header.get("tree", ""), tensors):
+        raise DataError(f"{path}: damaged (its checksum is another)")
+    return unpack(header["tree"], tensors)
+
+
+def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename outlast a power cut, where the system can open a folder."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,84 @@
+"""Steps whose loss or gradient is not finite are skipped, without waiting for the device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+LIMIT = 10  # skipped steps in a row after which a run makes no further ones
+
+
+class NotFiniteError(ValueError):
+    """`LIMIT` steps in a row had a loss or a gradient that is not finite."""
+
+
+class Guard:
+    """Skips bad steps and counts them where the loss is computed.
+
+    Whether a step counts is a tensor on the device, and so are the counts: the host reads them
+    when it wants to, and no step waits for that. After `LIMIT` bad steps in a row every later one
+    is skipped as well, so that however late the host looks, the weights are still those of the
+    last good step.
+
+    Args:
+        device: where the loss is computed.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        # skipped so far, skipped in a row just now, the longest such row
+        self._counts = torch.zeros(3, dtype=torch.int64, device=device)
+
+    def judge(self, loss: Tensor, norm: Tensor) -> Tensor:
+        """Return whether the step counts, a bool tensor [], and count it."""
+        skipped, row, longest = self._counts
+        good: Tensor = torch.isfinite(loss) & torch.isfinite(norm) & (longest < LIMIT)
+        row = torch.where(good, 0, row + 1)
+        self._counts = torch.stack([skipped + ~good, row, torch.maximum(longest, row)])
+        return good
+
+    def step(self, optimizer: Optimizer, good: Tensor) -> None:
+        """Move the optimizer on; its weights and its state stay as they are unless `good`.
+
+        PyTorch's fused optimizers read a flag on the device themselves. For any other, the step is
+        made and undone by `torch.where`; state that it makes in a bad first step becomes zero.
+        """
+        if getattr(optimizer, "_step_supports_amp_scaling", False):
+            fused: Any = optimizer
+            fused.grad_scale, fused.found_inf = None, (~good).float()
+            optimizer.step()
+            del fused.grad_scale, fused.found_inf
+            return
+        before = {id(t): t.detach().clone() for t in _moved(optimizer)}
+        optimizer.step()
+        with torch.no_grad():
+            for tensor in _moved(optimizer):
+                old = before.get(id(tensor), torch.zeros((), device=tensor.device))
+                # a step count may live on the CPU beside weights on the device
+                keep = good if tensor.device == good.device else good.to(tensor.device)
+                tensor.copy_(torch.where(keep, tensor, old.to(tensor.dtype)))
+
+    def look(self) -> tuple[int, bool]:
+        """Return how many steps were skipped, and whether the limit was reached: waits."""
+        skipped, _, longest = self._counts.tolist()
+        return skipped, longest >= LIMIT
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the counts."""
+        return {"counts": self._counts}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take up the counts of `state_dict`."""
+        self._counts = state["counts"].to(self._counts.device)
+
+
+def _moved(optimizer: Optimizer) -> list[Tensor]:
+    """Return what a step changes: the parameters with a gradient, and the optimizer's tensors."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    states = [optimizer.state.get(p, {}) for p in parameters]
+    return [
+        *(p for p in parameters if p.grad is not None),
+        *(v for state in states for v in state.values() if isinstance(v, Tensor)),
+    ]
