@@ -24,6 +24,7 @@ ORDER = [
     ("_checks",),
     ("functional",),
     ("modules",),
+    ("graph",),
     ("text.files",),
     ("text.legacy", "text.tables"),
     ("text.datasets",),
