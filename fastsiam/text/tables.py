@@ -1,4 +1,4 @@
-"""Tables of text: tab-separated, quoted CSV and JSON lines, as rows of the columns asked for."""
+"""Tables of text: tab-separated, quoted CSV and JSON lines, read a block of lines at a time."""
 
 from __future__ import annotations
 
@@ -6,12 +6,33 @@ import csv
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 from fastsiam.text.files import DataError, short
 
 Row = tuple[str, Mapping[str, Any]]  # where it stands ("FILE, line N"), and its fields by column
+
+BLOCK_BYTES = 1 << 20  # of whole lines, decoded together
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table that is being read.
+
+    Attributes:
+        header: names of the columns; "1", "2" and so on where no line has them.
+        titled: whether a line before the rows has the names.
+        keys: name of a column -> what picks its field out of a row.
+        rows: line number and fields of each row; to be read once. Blank lines are left out.
+    """
+
+    header: list[str]
+    titled: bool
+    keys: Mapping[str, int | str]
+    rows: Iterator[tuple[int, Any]]
 
 
 def read_table(path: Path, data: bytes) -> tuple[list[str], Iterator[Row]]:
@@ -27,10 +48,37 @@ def read_table(path: Path, data: bytes) -> tuple[list[str], Iterator[Row]]:
     Raises:
         DataError: not UTF-8, no header, or, while the rows are read, a line that does not fit.
     """
-    text = _decode(path, data)
-    if text.lstrip().startswith(("{", "[{")):  # an array is refused there, with its line
-        return _json_rows(path, text)
-    return _delimited_rows(path, text)
+    table = open_table(str(path), io.BytesIO(data))
+
+    def rows() -> Iterator[Row]:
+        for number, row in table.rows:
+            fields = row if isinstance(row, dict) else dict(zip(table.header, row, strict=True))
+            yield f"{path}, line {number}", fields
+
+    return table.header, rows()
+
+
+def open_table(name: str, stream: BinaryIO, *, header: bool = True) -> Table:
+    """Tell the kind of table by its first lines and read it as its rows are asked for.
+
+    Args:
+        name: of the file, for messages.
+        stream: its bytes, UTF-8.
+        header: whether the first line names the columns; JSON lines have their names in each.
+
+    Raises:
+        DataError: no table, or, while the rows are read, not UTF-8 or a line that does not fit.
+    """
+    blocks = _text_blocks(name, stream)
+    start = ""
+    for block in blocks:
+        start += block
+        if start.strip():
+            break
+    blocks = chain([start], blocks)
+    if start.lstrip().startswith(("{", "[{")):  # an array is refused there, with its line
+        return _json_table(name, blocks)
+    return _delimited_table(name, start, blocks, header)
 
 
 def find_columns(header: Sequence[str], wanted: Sequence[str]) -> list[str | None]:
@@ -40,47 +88,75 @@ def find_columns(header: Sequence[str], wanted: Sequence[str]) -> list[str | Non
     return [by_name.get(name, by_name.get(name.lower())) for name in wanted]
 
 
-def _decode(path: Path, data: bytes) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"{path}, line {line}: must be UTF-8 text, got the byte 0x{data[error.start]:02x}"
-        ) from error
+def read_lines(name: str, stream: BinaryIO) -> Iterator[tuple[int, str]]:
+    """Yield the lines of a text, without their ends, and their numbers from 1.
+
+    Raises:
+        DataError: a line is not UTF-8.
+    """
+    return enumerate(_lines(_text_blocks(name, stream)), start=1)
 
 
-def _delimited_rows(path: Path, text: str) -> tuple[list[str], Iterator[Row]]:
-    first = text.lstrip().split("\n", 1)[0]
+def _text_blocks(name: str, stream: BinaryIO) -> Iterator[str]:
+    """Yield whole lines, about BLOCK_BYTES together."""
+    done = 0
+    while lines := stream.readlines(BLOCK_BYTES):
+        data = b"".join(lines)
+        try:
+            text = data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            line = done + data.count(b"\n", 0, error.start) + 1
+            raise DataError(
+                f"{name}, line {line}: must be UTF-8 text, got the byte 0x{data[error.start]:02x}"
+            ) from error
+        yield text if done else text.removeprefix("\ufeff")
+        done += len(lines)
+
+
+def _lines(blocks: Iterator[str]) -> Iterator[str]:
+    for block in blocks:
+        for line in block.removesuffix("\n").split("\n"):
+            yield line.rstrip("\r")
+
+
+def _delimited_table(name: str, start: str, blocks: Iterator[str], header: bool) -> Table:
+    first = next((line for line in start.split("\n") if line.strip(" \r")), "")
     if "\t" in first:
         # unquoted: a lone " in a sentence must not swallow the lines after it
-        lines = enumerate((line.rstrip("\r") for line in text.split("\n")), start=1)
         numbered: Iterator[tuple[int, list[str]]] = (
-            (number, line.split("\t")) for number, line in lines if line.strip(" ")
+            (number, line.split("\t"))
+            for number, line in enumerate(_lines(blocks), start=1)
+            if line.strip(" ")
         )
     elif "," in first:
-        numbered = _csv_rows(path, text)
+        numbered = _csv_rows(name, blocks)
     else:
         raise DataError(
-            f"{path}: the first line must be a header with tabs or commas between the columns, "
+            f"{name}: the first line must be a header with tabs or commas between the columns, "
             f"got {short(first)}"
         )
-    header = [name.strip() for name in next(numbered)[1]]
+    number, fields = next(numbered)
+    columns = [column.strip() for column in fields]
+    if not header:
+        columns = [str(column) for column in range(1, len(fields) + 1)]
+        numbered = chain([(number, fields)], numbered)
 
-    def rows() -> Iterator[Row]:
+    def rows() -> Iterator[tuple[int, list[str]]]:
         for number, fields in numbered:
-            if len(fields) != len(header):
+            if len(fields) != len(columns):
                 raise DataError(
-                    f"{path}, line {number}: must have {len(header)} fields as the header has, "
-                    f"got {len(fields)}"
+                    f"{name}, line {number}: must have {len(columns)} fields as the "
+                    f"{'header' if header else 'first line'} has, got {len(fields)}"
                 )
-            yield f"{path}, line {number}", dict(zip(header, fields, strict=True))
+            yield number, fields
 
-    return header, rows()
+    return Table(columns, header, {column: i for i, column in enumerate(columns)}, rows())
 
 
-def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+def _csv_rows(name: str, blocks: Iterator[str]) -> Iterator[tuple[int, list[str]]]:
+    # as csv wants them: lines with their ends, of which a quoted field may hold any
+    lines = chain.from_iterable(io.StringIO(block, newline="") for block in blocks)
+    reader = csv.reader(lines, strict=True)
     start = 1
     try:
         for fields in reader:
@@ -88,25 +164,27 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
                 yield start, fields
             start = reader.line_num + 1
     except csv.Error as error:
-        raise DataError(f"{path}, line {start}: not quoted as CSV must be: {error}") from error
+        raise DataError(f"{name}, line {start}: not quoted as CSV must be: {error}") from error
 
 
-def _json_rows(path: Path, text: str) -> tuple[list[str], Iterator[Row]]:
-    def rows() -> Iterator[Row]:
-        for number, line in enumerate(text.split("\n"), start=1):
+def _json_table(name: str, blocks: Iterator[str]) -> Table:
+    def rows() -> Iterator[tuple[int, _Record]]:
+        for number, line in enumerate(_lines(blocks), start=1):
             if not line.strip():
                 continue
-            where = f"{path}, line {number}"
+            where = f"{name}, line {number}"
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise DataError(f"{where}: must be one JSON object, got {short(line)}") from error
             if not isinstance(record, dict):
                 raise DataError(f"{where}: must be one JSON object, got {short(line)}")
-            yield where, _Record(where, record)
+            yield number, _Record(where, record)
 
-    header = next(rows())[1]
-    return list(header), rows()
+    records = rows()
+    first = next(records)
+    header = list(first[1])
+    return Table(header, False, {column: column for column in header}, chain([first], records))
 
 
 class _Record(dict[str, Any]):
