@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastsiam._checks import POOLINGS
 from fastsiam.calibration import Calibration
+from fastsiam.functional import manhattan_topk
 from fastsiam.modules import SiameseLSTM
 from fastsiam.text.batches import ordered_batches
 from fastsiam.text.datasets import DataError, is_range
@@ -214,14 +215,17 @@ class TextSiamese:
             scores[rows] = self._call(left_ids, right_ids, left_lengths, right_lengths)
         return scores
 
-    @torch.no_grad()
     def encode(self, sentences: Sequence[str], batch_size: int = 256) -> Tensor:
         """Return the vectors of n sentences, [n, vector_size] on the CPU, in the order given.
 
         Two sentences score exp(-scale * L1 distance of their vectors). The vectors of an ensemble's
         members stand side by side, each times its factor by the number of members.
         """
-        encoded = self._read(sentences)
+        return self.vectors(self._read(sentences), batch_size)
+
+    @torch.no_grad()
+    def vectors(self, encoded: Encoded, batch_size: int = 256) -> Tensor:
+        """Return the vectors of sentences whose words are ids already; otherwise like `encode`."""
         vectors = torch.empty(len(encoded.lengths), self.vector_size).to(
             self.lstm.weight_hh_l0.dtype
         )
@@ -234,6 +238,48 @@ class TextSiamese:
                 ]
             vectors[rows] = torch.cat(parts, dim=1).cpu()
         return vectors
+
+    @torch.no_grad()
+    def search(
+        self,
+        query: str | Sequence[str],
+        corpus: Sequence[str] | Tensor,
+        k: int = 10,
+        batch_size: int = 256,
+    ) -> tuple[Tensor, Tensor]:
+        """Find the k sentences of a corpus that are most similar to a query.
+
+        Args:
+            query: one string, or n sentences.
+            corpus: m sentences, or their vectors from `encode`, which are worth keeping.
+            k: 1 <= k <= m.
+            batch_size: sentences that are computed together.
+
+        Returns:
+            Similarities in (0, 1], float32, the highest first, and the sentences' numbers in the
+            corpus, int64: [n, k] each, or [k] for one string, on the CPU. Of equal ones the smaller
+            number comes first.
+
+        Raises:
+            TypeError: the corpus is one string.
+            ValueError: `k` is out of range, or the corpus is not of this model's `vector_size`.
+        """
+        if isinstance(corpus, str):
+            raise TypeError("search: corpus must be a list of strings, got one string")
+        if not isinstance(corpus, Tensor):
+            corpus = self.encode(corpus, batch_size).to(self.device)
+        if corpus.ndim != 2 or corpus.shape[1] != self.vector_size:
+            raise ValueError(
+                f"search: corpus must be [m, {self.vector_size}], the vectors that encode returns, "
+                f"got {list(corpus.shape)}"
+            )
+        if not 1 <= k <= len(corpus):
+            raise ValueError(f"search: k must be 1 to {len(corpus)}, the corpus, got {k}")
+        queries = self.encode([query] if isinstance(query, str) else query, batch_size).to(corpus)
+        similarity, index = manhattan_topk(queries, corpus, k, scale=self.scale)
+        if isinstance(query, str):
+            similarity, index = similarity[0], index[0]
+        return similarity.cpu(), index.cpu()
 
     @overload
     def to_score(self, similarity: float) -> float: ...
