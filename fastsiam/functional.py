@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -44,7 +45,7 @@ class _Layer(NamedTuple):
 
 class _Network(NamedTuple):
     cell: str
-    layers: list[_Layer]
+    layers: list[Sequence[Weights]]  # by direction
     dtype: torch.dtype
     pooling: str
     dropout: float
@@ -208,7 +209,10 @@ def prepare(
             return None
         with torch.autocast(embedding.device.type, enabled=False):
             table, weight = _ops.siamese_prepare(
-                embedding.to(network.dtype), *network.layers[0], cell, network.backend
+                embedding.to(network.dtype),
+                *_stack(network, network.layers[0]),
+                cell,
+                network.backend,
             )
     return Prepared(network.backend, table, weight)
 
@@ -247,13 +251,14 @@ def _network(
         raise ValueError(f"{who}: dropout must be at least 0 and below 1, got {dropout}")
     choice = explain(weights, device, backend, who=who)
     dtype = _computed_dtype(every[0].weight_hh)
-    stacked = [_stack(layer, cell, dtype) for layer in layers]
     if prepared is not None and prepared.backend != choice.backend:
         prepared = None
-    return _Network(cell, stacked, dtype, pooling, dropout, choice.backend, prepared)
+    return _Network(cell, layers, dtype, pooling, dropout, choice.backend, prepared)
 
 
-def _stack(directions: Sequence[Weights], cell: str, dtype: torch.dtype) -> _Layer:
+def _stack(network: _Network, directions: Sequence[Weights]) -> _Layer:
+    cell, dtype = network.cell, network.dtype
+
     def stack(tensors: list[Tensor]) -> Tensor:
         tensors = [t.to(dtype) for t in tensors]
         return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
@@ -338,7 +343,7 @@ def _drop(states: Tensor, dropout: float, paired: bool) -> Tensor:
 
 def _fused_layer(
     network: _Network,
-    layer: _Layer,
+    directions: Sequence[Weights],
     x: Tensor,
     lengths: Tensor,
     mask: Tensor | None,
@@ -357,7 +362,8 @@ def _fused_layer(
     ids = None if embedding is None else x.contiguous()
     outputs: tuple[Tensor, Tensor, Tensor, Tensor]
     wants_grad = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (source, *layer, learned_scale)
+        t is not None and t.requires_grad
+        for t in (source, learned_scale, *itertools.chain.from_iterable(directions))
     )
     prepared = None if embedding is None or wants_grad else network.prepared
     if prepared is not None:
@@ -369,7 +375,7 @@ def _fused_layer(
             mask,
             learned_scale,
             factor,
-            layer.weight_hh.shape[2],
+            directions[0].weight_hh.shape[1],
             steps,
             pooling,
             paired,
@@ -386,7 +392,7 @@ def _fused_layer(
         ids,
         lengths,
         mask,
-        *layer,
+        *_stack(network, directions),
         learned_scale,
         factor,
         steps,
@@ -402,7 +408,7 @@ def _fused_layer(
 
 def _plain_layer(
     network: _Network,
-    layer: _Layer,
+    directions: Sequence[Weights],
     x: Tensor,
     lengths: Tensor,
     mask: Tensor | None,
@@ -413,6 +419,7 @@ def _plain_layer(
     keep_outputs: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the same from the definition, or from torch's own LSTM or GRU on the padded batch."""
+    layer = _stack(network, directions)
     T = x.shape[1]
     if T == 0:
         # a step that no sequence has: the weights get gradients, of 0, as from any other batch

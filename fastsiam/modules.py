@@ -170,18 +170,19 @@ class _Siamese(nn.Module):
         Returns:
             [B, H], or [B, 2H] of a bidirectional module: forward, then reverse.
         """
+        weights, table = self._weights(), self._table()
         return functional.siamese_encode(
             x,
-            self._weights(),
+            weights,
             cell=self.cell,
             bidirectional=self.bidirectional,
             pooling=self.pooling,
             dropout=self.dropout if self.training else 0.0,
-            embedding=self._table(),
+            embedding=table,
             lengths=lengths,
             mask=mask,
             backend=self.backend,
-            prepared=self._prepared(),
+            prepared=self._prepared(weights, table),
             validate=validate,
         )
 
@@ -229,15 +230,16 @@ class _Siamese(nn.Module):
         *,
         log: bool,
     ) -> Tensor:
+        weights, table = self._weights(), self._table()
         return functional.siamese_similarity(
             left,
             right,
-            self._weights(),
+            weights,
             cell=self.cell,
             bidirectional=self.bidirectional,
             pooling=self.pooling,
             dropout=self.dropout if self.training else 0.0,
-            embedding=self._table(),
+            embedding=table,
             left_lengths=left_lengths,
             right_lengths=right_lengths,
             left_mask=left_mask,
@@ -245,7 +247,7 @@ class _Siamese(nn.Module):
             scale=self.scale,
             log=log,
             backend=self.backend,
-            prepared=self._prepared(),
+            prepared=self._prepared(weights, table),
             validate=validate,
         )
 
@@ -261,12 +263,11 @@ class _Siamese(nn.Module):
     def _table(self) -> Tensor | None:
         return None if self.embedding is None else self.embedding.weight
 
-    def _prepared(self) -> Prepared | None:
+    def _prepared(self, weights: list[Weights], table: Tensor | None) -> Prepared | None:
         """Return the projected vocabulary where gradients are off: made once a weight version."""
-        table = self._table()
         if table is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
-        first_layer = self._weights()[: 2 if self.bidirectional else 1]
+        first_layer = weights[: 2 if self.bidirectional else 1]
         return self._cache.get(first_layer, table, self.backend, self.cell)
 
     @classmethod
