@@ -61,30 +61,32 @@ def record_shapes(N: int, T: int, H: int, P: int) -> tuple[tuple[int, ...], ...]
     return (P, rows, block, 4), (P, rows, block, 2), (P, rows, block)
 
 
-def pack_table(x: Tensor, weight_ih: Tensor, bias: Tensor | None) -> Tensor:
+def pack_table(
+    x: Tensor, weight_ih: Tensor, bias: Tensor | None, of_gates: tuple[float, ...] = _INPUT
+) -> Tensor:
     """Project the rows of x, [R, D], to gates of a cell's order: see `packed_shapes`."""
-    weight = _pack_input(weight_ih, _INPUT).flatten(0, 2)
+    weight = _pack_input(weight_ih, of_gates).flatten(0, 2)
     if bias is None:
         table = x @ weight.T
     else:
-        packed_bias = _pack_input(bias.unsqueeze(2), _INPUT).flatten()
+        packed_bias = _pack_input(bias.unsqueeze(2), of_gates).flatten()
         table = torch.addmm(packed_bias, x, weight.T)
     P, rows = weight_ih.shape[:2]
     shape, _ = packed_shapes(x.shape[0], rows // 4, x.dtype, P)
     return table.view(table_dtype(x.dtype)).view(shape)
 
 
-def pack_weight_fwd(weight_hh: Tensor) -> Tensor:
+def pack_weight_fwd(weight_hh: Tensor, of_gates: tuple[float, ...] = _INPUT) -> Tensor:
     """Return the bits of weight_hh, [P, 4H, H], as [P, 4 * block, block] for `a + W h`."""
-    weight = _pad_recurrent(weight_hh, _INPUT)
+    weight = _pad_recurrent(weight_hh, of_gates)
     P, block = weight.shape[0], weight.shape[2]
     rows = weight.view(P, 2, 2, block // 8, 8, block).transpose(2, 3)
     return rows.reshape(P, 4 * block, block).view(bits_dtype(weight_hh.dtype))
 
 
-def pack_weight_bwd(weight_hh: Tensor) -> Tensor:
+def pack_weight_bwd(weight_hh: Tensor, of_gates: tuple[float, ...] = _GRADIENT) -> Tensor:
     """Return the bits of weight_hh transposed, [P, 2, block, 2 * block]: columns i, f and g, o."""
-    weight = _pad_recurrent(weight_hh, _GRADIENT)
+    weight = _pad_recurrent(weight_hh, of_gates)
     P, block = weight.shape[0], weight.shape[2]
     halves = weight.view(P, 2, 2, block, block).permute(0, 1, 4, 2, 3).contiguous()
     return halves.view(P, 2, block, 2 * block).view(bits_dtype(weight_hh.dtype))
@@ -124,6 +126,7 @@ def weight_gradients(
     weight_hh: Tensor,
     steps: int,
     need_dx: bool,
+    of_gates: tuple[float, ...] = _GRADIENT,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Turn the kernel's gate gradients into gradients of the weights.
 
@@ -135,6 +138,7 @@ def weight_gradients(
         weight_ih, weight_hh: [P, 4H, D], [P, 4H, H].
         steps: T.
         need_dx: whether the gradient of x is wanted.
+        of_gates: what a stored gate gradient counts, gate by gate.
 
     Returns:
         dx (like x, or empty), dweight_ih, dweight_hh, dbias [P, 4H].
@@ -142,22 +146,23 @@ def weight_gradients(
     N, P, H = lengths.shape[0], weight_hh.shape[0], weight_hh.shape[2]
     dgates = dgates.flatten(2)
     # halved because the states are 2h
-    dweight_hh = _unpack(torch.bmm(dgates.transpose(1, 2), states)[:, :, :H], H, _halved(_GRADIENT))
+    gates_by_h = torch.bmm(dgates.transpose(1, 2), states)[:, :, :H]
+    dweight_hh = _unpack(gates_by_h, H, _halved(of_gates))
     rows, row_ids = token_rows(x, ids, lengths, steps)
     if row_ids is None:
-        drows = _at_tokens(dgates.view(P, N, steps + 1, -1))
+        drows = _at_tokens(dgates.view(P, N, steps + 1, dgates.shape[2]))
     else:
         drows = _sum_by_id(dgates, row_ids, lengths, rows.shape[0])
-    dweight_ih = _unpack(torch.bmm(drows.transpose(1, 2), rows.expand(P, -1, -1)), H)
-    dbias = _unpack(drows.sum(dim=1, dtype=torch.float32).unsqueeze(2), H).squeeze(2)
+    dweight_ih = _unpack(torch.bmm(drows.transpose(1, 2), rows.expand(P, -1, -1)), H, of_gates)
+    dbias = _unpack(drows.sum(dim=1, dtype=torch.float32).unsqueeze(2), H, of_gates).squeeze(2)
     dx = x.new_empty(0)
     if need_dx:
-        weight = _pack_input(weight_ih, _GRADIENT).flatten(1, 2)
+        weight = _pack_input(weight_ih, of_gates).flatten(1, 2)
         dx = drows[0] @ weight[0]
         if P == 2:
             dx = torch.addmm(dx, drows[1], weight[1])
         if row_ids is None and ids is not None:
-            dx = _sum_by_id(dx.view(1, N * steps, -1), ids, lengths, x.shape[0])[0]
+            dx = _sum_by_id(dx.unsqueeze(0), ids, lengths, x.shape[0])[0]
     return dx, dweight_ih, dweight_hh, dbias.to(weight_hh.dtype)
 
 
@@ -188,7 +193,7 @@ def _sum_by_id(rows: Tensor, ids: Tensor, lengths: Tensor, R: int) -> Tensor:
     summed: Tensor = torch.ops.aten.embedding_dense_backward(
         rows.flatten(0, 1), targets.view(-1), P * R + 1, none, False
     )
-    return summed[:none].view(P, R, -1)
+    return summed[:none].view(P, R, rows.shape[2])
 
 
 def _halved(of_gates: tuple[float, ...]) -> tuple[float, ...]:
@@ -219,7 +224,7 @@ def _pad_recurrent(weight: Tensor, of_gates: tuple[float, ...]) -> Tensor:
     return packed
 
 
-def _unpack(packed: Tensor, H: int, of_gates: tuple[float, ...] = _GRADIENT) -> Tensor:
+def _unpack(packed: Tensor, H: int, of_gates: tuple[float, ...]) -> Tensor:
     """Return [P, block * 4, K] gate gradients as [P, 4H, K] in PyTorch's order, true to size."""
     P, _, K = packed.shape
     gates = packed.view(P, -1, 4, K)[:, :H].transpose(1, 2)
