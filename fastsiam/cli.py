@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal, cast
+from typing import Annotated
 
 import torch
 import typer
@@ -23,10 +23,11 @@ from fastsiam import __version__
 from fastsiam.model import TextSiamese, UnavailableError
 from fastsiam.sample import write_sample
 from fastsiam.text.datasets import DataError, read_pairs
-from fastsiam.training.config import Config
+from fastsiam.training.config import PRESETS, Config
 from fastsiam.training.data import Inputs
 from fastsiam.training.evaluate import Metrics, evaluate
-from fastsiam.training.loop import Result, train
+from fastsiam.training.loop import Result
+from fastsiam.training.recipe import run_recipe
 from fastsiam.training.report import EpochRecord, RunFolder
 
 WRONG_USE, BAD_DATA, ENVIRONMENT, INTERRUPTED = 2, 3, 4, 130
@@ -88,6 +89,19 @@ ModelFolder = Annotated[
 ]
 
 
+def _by_recipe(text: str, setting: str) -> str:
+    """Return a help text with the setting's default, and its value in recipes that differ."""
+
+    def shown(value: object) -> str:
+        return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
+
+    usual = getattr(Config, setting)
+    others = [
+        f"{name} {shown(values[setting])}" for name, values in PRESETS.items() if setting in values
+    ]
+    return f"{text}  [default: {', '.join([shown(usual), *others])}]"
+
+
 @app.command("train", epilog=EXIT_CODES)
 def train_command(
     train_file: Annotated[
@@ -102,30 +116,122 @@ def train_command(
     test: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Scored pairs to report on.")
     ] = None,
+    preset: Annotated[
+        str,
+        typer.Option(metavar="|".join(PRESETS), help="The recipe; an option below wins over it."),
+    ] = "fast",
     pretrain: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Scored pairs to train on first."),
+    ] = None,
+    synonyms: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Scored pairs to train on first, as many epochs; the best is the start.",
+            help="JSON: word -> words to swap it with; training pairs come again with such swaps.",
         ),
     ] = None,
-    epochs: Annotated[int, typer.Option(help="Passes over the pairs.")] = Config.epochs,
-    batch_size: Annotated[int, typer.Option(help="Pairs a step.")] = Config.batch_size,
-    hidden_size: Annotated[int, typer.Option(help="Size of the LSTM.")] = Config.hidden_size,
-    scale: Annotated[float, typer.Option(help="Factor on the L1 distance.")] = Config.scale,
+    train_on_dev: Annotated[
+        bool,
+        typer.Option("--train-on-dev", help="Train on the dev pairs too; keeps the last epoch."),
+    ] = False,
+    ensemble: Annotated[
+        int, typer.Option(help="Models to train, from seeds in a row, and to save as one.")
+    ] = Config.ensemble,
+    calibrate: Annotated[
+        bool | None,
+        typer.Option(
+            help=_by_recipe("Fit scores by isotonic regression, out of fold.", "calibrate")
+        ),
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help=_by_recipe("Passes over the pairs.", "epochs"))
+    ] = None,
+    pretrain_epochs: Annotated[
+        int | None,
+        typer.Option(
+            help="Passes over those of --pretrain.  [default: --epochs, article 70, paper 15]"
+        ),
+    ] = None,
+    patience: Annotated[
+        int | None,
+        typer.Option(
+            help="Epochs without a better one after which a phase ends.  [default: none, paper 10]"
+        ),
+    ] = None,
+    select: Annotated[
+        str | None,
+        typer.Option(metavar="dev|last", help=_by_recipe("The epoch that is kept.", "select")),
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help=_by_recipe("Pairs a step.", "batch_size"))
+    ] = None,
+    hidden_size: Annotated[
+        int | None, typer.Option(help=_by_recipe("Size of the LSTM.", "hidden_size"))
+    ] = None,
+    bidirectional: Annotated[
+        bool | None,
+        typer.Option(help=_by_recipe("Read from the end too.", "bidirectional")),
+    ] = None,
+    pooling: Annotated[
+        str | None,
+        typer.Option(
+            metavar="last|mean|max", help=_by_recipe("What of the states is kept.", "pooling")
+        ),
+    ] = None,
+    scale: Annotated[
+        float | None, typer.Option(help=_by_recipe("Factor on the L1 distance.", "scale"))
+    ] = None,
+    learn_scale: Annotated[
+        bool | None, typer.Option(help=_by_recipe("Train that factor.", "learn_scale"))
+    ] = None,
+    start: Annotated[
+        str | None,
+        typer.Option(
+            metavar="orig|seed|pytorch", help=_by_recipe("Weights to start from.", "start")
+        ),
+    ] = None,
     forget_bias: Annotated[
-        float, typer.Option(help="Start of the forget gates' bias.")
-    ] = Config.forget_bias,
+        float | None,
+        typer.Option(help="Start of the forget gates' bias.  [default: orig 2.5, seed 1]"),
+    ] = None,
     optimizer: Annotated[
-        str, typer.Option(metavar="adam|adadelta", help="Rule of the steps.")
-    ] = Config.optimizer,
+        str | None,
+        typer.Option(metavar="adam|adadelta", help=_by_recipe("Rule of the steps.", "optimizer")),
+    ] = None,
     lr: Annotated[
         float | None,
+        typer.Option(help="First learning rate.  [default: adam 2e-3, adadelta 1, best 4e-3]"),
+    ] = None,
+    schedule: Annotated[
+        str | None,
         typer.Option(
-            help="First learning rate, falls to 0 on a cosine.  [default: adam 2e-3, adadelta 1]"
+            metavar="cosine|constant", help=_by_recipe("How the rate goes on.", "schedule")
         ),
     ] = None,
-    clip: Annotated[float, typer.Option(help="Largest gradient norm.")] = Config.clip,
+    clip: Annotated[
+        float | None, typer.Option(help=_by_recipe("Largest gradient norm.", "clip"))
+    ] = (None),
+    dropout: Annotated[
+        float | None,
+        typer.Option(
+            help=_by_recipe("Share of the word vectors' numbers dropped in a step.", "dropout")
+        ),
+    ] = None,
+    kl_weight: Annotated[
+        float | None,
+        typer.Option(help=_by_recipe("Weight of a head of score classes.", "kl_weight")),
+    ] = None,
+    entailment_weight: Annotated[
+        float | None,
+        typer.Option(
+            help=_by_recipe("Weight of a head of SICK's entailment labels.", "entailment_weight")
+        ),
+    ] = None,
+    vector_length: Annotated[
+        float | None,
+        typer.Option(help="Mean length to bring each file's vectors to.  [default: none, best 4]"),
+    ] = None,
     max_len: Annotated[int, typer.Option(help="Tokens of a sentence that are read.")] = (
         Config.max_len
     ),
@@ -164,32 +270,52 @@ def train_command(
 ) -> None:
     """Train on scored sentence pairs; --columns and --score-range hold for every file."""
     with _exit_codes():
-        config = Config(
+        given = {
+            "calibrate": calibrate,
+            "epochs": epochs,
+            "pretrain_epochs": pretrain_epochs,
+            "patience": patience,
+            "select": "last" if train_on_dev and select is None else select,
+            "batch_size": batch_size,
+            "hidden_size": hidden_size,
+            "bidirectional": bidirectional,
+            "pooling": pooling,
+            "scale": scale,
+            "learn_scale": learn_scale,
+            "start": start,
+            "forget_bias": forget_bias,
+            "optimizer": optimizer,
+            "lr": lr,
+            "schedule": schedule,
+            "clip": clip,
+            "dropout": dropout,
+            "kl_weight": kl_weight,
+            "entailment_weight": entailment_weight,
+            "vector_length": vector_length,
+        }
+        config = Config.preset(
+            preset,
             train=train_file,
             dev=dev,
             vectors=tuple(vectors),
             out=out,
             test=test,
             pretrain=pretrain,
-            epochs=epochs,
-            batch_size=batch_size,
-            hidden_size=hidden_size,
-            scale=scale,
-            forget_bias=forget_bias,
-            optimizer=optimizer,
-            lr=lr,
-            clip=clip,
+            synonyms=synonyms,
+            train_on_dev=train_on_dev,
+            ensemble=ensemble,
             max_len=max_len,
-            oov=cast(Literal["zero", "random"], oov),
+            oov=oov,
             spelling=spelling,
             columns=_split_columns(columns),
             score_range=score_range,
             seed=seed,
             backend=backend,
             device=device,
-            precision=cast(Literal["float32", "bf16"], precision),
+            precision=precision,
             resume=resume,
             checkpoint_every=checkpoint_every,
+            **{name: value for name, value in given.items() if value is not None},
         )
         _train(config, quiet)
         typer.echo(f"run folder: {out}")
@@ -212,9 +338,17 @@ def evaluate_command(
             # the reason is there only where a correlation is null
             if not result.metrics.undefined:
                 del values["undefined"]
+            if result.calibrated is not None:
+                values["calibrated"] = {
+                    name: getattr(result.calibrated, name)
+                    for name in ("pearson", "spearman", "mse")
+                }
             typer.echo(json.dumps(values))
             return
-        _print_metrics({file.name: result.metrics})
+        rows = {file.name: result.metrics}
+        if result.calibrated is not None:
+            rows[f"{file.name}, calibrated"] = result.calibrated
+        _print_metrics(rows)
         typer.echo(
             f"words without a vector: {result.unknown.total()} "
             f"({len(result.unknown)} different); sentences cut: {result.truncated}"
@@ -279,8 +413,8 @@ def demo_command(
 class _Screen:
     """How a run goes: a live bar on a terminal, a line an epoch elsewhere, nothing if quiet."""
 
-    def __init__(self, epochs: int, quiet: bool) -> None:
-        self.epochs, self.quiet = epochs, quiet
+    def __init__(self, config: Config, quiet: bool) -> None:
+        self.config, self.quiet = config, quiet
         console = Console()
         self.lines = not console.is_terminal
         self.progress = Progress(
@@ -298,7 +432,11 @@ class _Screen:
         if self.quiet:
             return
         for phase, kept in inputs.phases.items():
-            self._say(f"{phase}: {len(kept)} pairs, {inputs.dropped[phase]} repeats dropped")
+            swapped = f", {inputs.swapped} of them with words swapped" * (phase == "train")
+            self._say(
+                f"{phase}: {len(kept)} pairs{swapped * bool(inputs.swapped)}, "
+                f"{inputs.dropped[phase]} repeats dropped"
+            )
         coverage = inputs.coverage
         self._say(
             f"words: {coverage.token_share:.1%} of the tokens have a vector; "
@@ -321,7 +459,9 @@ class _Screen:
             f"loss {_number(record.loss)}  dev Pearson {_number(record.dev_pearson)}  "
             f"{record.pairs_per_s:.0f} pairs/s"
         )
-        name = f"{record.phase} epoch {record.epoch}/{self.epochs}"
+        # of several models, each names the phase as its own
+        epochs = self.config.epochs_of(record.phase.rpartition(", ")[2])
+        name = f"{record.phase} epoch {record.epoch}/{epochs}"
         self.progress.update(self.task, description=name, figures=figures)
         if self.lines and not self.quiet:
             self._say(f"{name}: {figures}{'  best' if best else ''}")
@@ -332,13 +472,15 @@ class _Screen:
 
 def _train(config: Config, quiet: bool) -> Result:
     # of several processes, the first speaks for all
-    screen = _Screen(config.epochs, quiet or os.environ.get("RANK", "0") != "0")
+    screen = _Screen(config, quiet or os.environ.get("RANK", "0") != "0")
     with screen.progress, _plain_warnings():
-        result = train(config, screen)
+        result = run_recipe(config, screen)
     if result.interrupted:
         best = result.best
         kept = "of the first steps" if best is None else f"of epoch {best.epoch}, the best so far,"
         how = "terminated" if result.signal == signal.SIGTERM else "interrupted"
+        if config.ensemble > 1 or config.calibrate:
+            kept = "is not whole; what there is of it"
         typer.echo(
             f"fastsiam: {how}; the model {kept} is in {config.out}, and --resume goes on", err=True
         )
@@ -347,9 +489,12 @@ def _train(config: Config, quiet: bool) -> Result:
     best = result.best
     assert best.dev_mse is not None
     dev = Metrics(len(result.inputs.dev), best.dev_pearson, best.dev_spearman, best.dev_mse)
-    rows = {f"dev (epoch {best.epoch})": dev}
+    of_dev = "trained on" if config.train_on_dev else f"epoch {best.epoch}"
+    rows = {f"dev ({of_dev})": dev}
     if result.test is not None:
         rows["test"] = result.test.metrics
+        if result.test.calibrated is not None:
+            rows["test, calibrated"] = result.test.calibrated
     _print_metrics(rows)
     return result
 

@@ -39,14 +39,15 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "calibrate": True,
         },
         "fast": {},
-        "good": {"bidirectional": True, "pooling": "max"},
+        "good": {"bidirectional": True, "pooling": "max", "scale": 0.21, "learn_scale": True},
         "best": {
             "hidden_size": 75,
             "bidirectional": True,
             "pooling": "max",
             "batch_size": 64,
             "lr": 4e-3,
-            "scale": 0.12,
+            "scale": 0.17,
+            "learn_scale": True,
             "vector_length": 4.0,
             "kl_weight": 0.05,
             "entailment_weight": 0.025,
@@ -103,7 +104,6 @@ class Config:
         ensemble: models that are trained, from seeds that follow one another, and saved as one.
         calibrate: fit a monotone map from similarities to gold ones on out-of-fold predictions.
         folds: parts of the training pairs for that, at least 2.
-        fold: the part left out of training, from 0; None: none.
         seed: of the start and of the order of the pairs.
         backend: as for `SiameseLSTM`.
         device: None means CUDA where there is one, else the CPU.
@@ -151,7 +151,6 @@ class Config:
     ensemble: int = 1
     calibrate: bool = False
     folds: int = 5
-    fold: int | None = None
     seed: int = 0
     backend: str = "auto"
     device: str | None = None
@@ -185,8 +184,6 @@ class Config:
             raise ValueError(f"checkpoint_every must be 0 or more, got {self.checkpoint_every}")
         if self.folds < 2:
             raise ValueError(f"folds must be at least 2, got {self.folds}")
-        if self.fold is not None and not 0 <= self.fold < self.folds:
-            raise ValueError(f"fold must be from 0 to {self.folds - 1}, got {self.fold}")
         choices: dict[str, Any] = {
             "select": ("dev", "last"),
             "pooling": ("last", "mean", "max"),

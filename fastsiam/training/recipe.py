@@ -1,0 +1,164 @@
+"""A whole recipe: one model or an ensemble, calibrated where that is asked for."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+
+from fastsiam.calibration import Calibration
+from fastsiam.model import TextSiamese, pick_device
+from fastsiam.training.config import Config
+from fastsiam.training.data import Inputs, load_inputs
+from fastsiam.training.evaluate import Evaluation, evaluate, measure, score_pairs
+from fastsiam.training.loop import Result, Watcher, train
+from fastsiam.training.report import EpochRecord, RunFolder
+from fastsiam.training.world import find_world
+
+
+def run_recipe(config: Config, watcher: Watcher | None = None) -> Result:
+    """Train what a configuration asks for, its ensemble and its calibration included.
+
+    One model without calibration is a run of `train`, in `config.out`. Otherwise each model is a
+    run in a folder of its own below it, `members/0`, `members/1`, ... from seeds that follow one
+    another, and `folds/0`, ... for the calibration; `config.out` gets the one model made of them,
+    `predictions.tsv` and `run.json`. A signal ends it all; `config.resume` goes on with the one that
+    was cut off and passes over those that are done.
+
+    The calibration is fitted on predictions for training pairs by models that have not seen them:
+    the pairs are dealt into `config.folds` parts, and one model is trained on all parts but one,
+    for each, by the same recipe; the seeds of the members take turns. Neither dev nor test pairs
+    have a say.
+
+    Args:
+        config: the settings.
+        watcher: told of the progress, if given; phases are named after the run that they are of.
+
+    Returns:
+        The model and its figures. `best` is the first member's epoch, with the dev figures of the
+        whole model.
+
+    Raises:
+        As `train`.
+    """
+    if config.ensemble == 1 and not config.calibrate:
+        return train(config, watcher)
+    world = find_world(pick_device(config.device))
+    folder = RunFolder(config.out, config.resume) if world.main else None
+    inputs = load_inputs(config)
+    progress = _Progress(watcher, inputs, config)
+
+    results: list[Result] = []
+    for number in range(config.ensemble):
+        result = _run(config, number, "member", replace(inputs, test=None), progress)
+        if result.signal:
+            return result
+        results.append(result)
+    models = [result.model for result in results]
+    model = models[0] if len(models) == 1 else TextSiamese.ensemble(models)
+
+    folds: list[Result] = []
+    if config.calibrate:
+        pairs = inputs.phases["train"]
+        predicted, gold = [], []
+        for number in range(config.folds):
+            outside, inside = pairs.split(config.folds, number)
+            part = replace(inputs, phases={**inputs.phases, "train": outside}, test=None)
+            result = _run(config, number, "fold", part, progress)
+            if result.signal:
+                return result
+            folds.append(result)
+            predicted.append(result.model.score(inside.left, inside.right))
+            gold.append(inside.similarity)
+        model.calibration = Calibration.fit(torch.cat(predicted), torch.cat(gold))
+
+    best = results[0].best
+    assert best is not None
+    dev = measure(score_pairs(model, inputs.dev, world), inputs.dev.similarity)
+    best = replace(best, dev_pearson=dev.pearson, dev_spearman=dev.spearman, dev_mse=dev.mse)
+    test = None if inputs.test is None else evaluate(model, inputs.test)
+    if folder is not None:
+        model.save_pretrained(folder.path)
+        if inputs.test is not None and test is not None:
+            similarity = test.similarity
+            if model.calibration is not None:
+                similarity = model.calibration(similarity)
+            folder.write_predictions(inputs.test, similarity)
+        folder.write_run(_facts(config, inputs, model, results, folds, best, test))
+    return Result(model, best, inputs, test, 0)
+
+
+def _run(config: Config, number: int, kind: str, inputs: Inputs, progress: _Progress) -> Result:
+    """Train one member, or the model of one fold, in a folder of its own."""
+    progress.name = f"{kind} {number + 1}"
+    one = replace(
+        config,
+        out=config.out / f"{kind}s" / str(number),
+        test=None,
+        ensemble=1,
+        calibrate=False,
+        seed=config.seed + number % config.ensemble,
+    )
+    return train(one, progress, inputs)
+
+
+class _Progress:
+    """Tells a watcher of many runs as if they were one."""
+
+    def __init__(self, watcher: Watcher | None, inputs: Inputs, config: Config) -> None:
+        self.watcher, self.inputs, self.name = watcher, inputs, ""
+        members, folds = config.ensemble, config.folds if config.calibrate else 0
+        # each fold trains on all parts but one
+        self.runs = members + folds * (config.folds - 1) / config.folds
+        self.started = False
+
+    def on_start(self, _inputs: Inputs, model: TextSiamese, pairs: int) -> None:
+        if self.watcher is not None and not self.started:
+            self.watcher.on_start(self.inputs, model, round(pairs * self.runs))
+        self.started = True
+
+    def on_resume(self, records: Sequence[EpochRecord], step: int, pairs: int) -> None:
+        if self.watcher is not None:
+            self.watcher.on_resume(records, step, pairs)
+
+    def on_batch(self, pairs: int) -> None:
+        if self.watcher is not None:
+            self.watcher.on_batch(pairs)
+
+    def on_epoch(self, record: EpochRecord, best: bool) -> None:
+        if self.watcher is not None:
+            named = replace(record, phase=f"{self.name}, {record.phase}")
+            self.watcher.on_epoch(named, best)
+
+
+def _facts(
+    config: Config,
+    inputs: Inputs,
+    model: TextSiamese,
+    results: Sequence[Result],
+    folds: Sequence[Result],
+    best: EpochRecord,
+    test: Evaluation | None,
+) -> dict[str, Any]:
+    return {
+        "config": config.to_dict(),
+        "backend": model.lstm.explain(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "pairs": {phase: len(pairs) for phase, pairs in inputs.phases.items()},
+        "dropped": inputs.dropped,
+        "swapped": inputs.swapped,
+        "truncated": inputs.truncated,
+        "token_coverage": inputs.coverage.token_share,
+        "interrupted": False,
+        "members": [None if r.best is None else asdict(r.best) for r in results],
+        "folds": [None if r.best is None else asdict(r.best) for r in folds],
+        "best": asdict(best),
+        "test": None if test is None else asdict(test.metrics),
+        "test_calibrated": None
+        if test is None or test.calibrated is None
+        else asdict(test.calibrated),
+    }
