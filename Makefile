@@ -23,7 +23,7 @@ help:
 	@echo "make gpu            on a GPU machine: gpu-test, gpu-sanitize, gpu-bench"
 	@echo "make bench          measure this machine into benchmarks/results/"
 	@echo "make report         render the README's table and the plots from benchmarks/results/"
-	@echo "make sick DATA=DIR  train and report on the SICK files; DIR holds sick/ and vectors/"
+	@echo "make sick DATA=DIR  train every recipe on the SICK files; DIR holds sick/, sts/, vectors/, seed/"
 	@echo "make clean          remove what was built, the environment included"
 
 demo: $(VENV)/.made-test
@@ -73,8 +73,12 @@ report: $(VENV)/.made-test
 	$(BIN)/python -m benchmarks.report
 
 sick: $(VENV)/.made-test
-	@test -n "$(DATA)" || { echo "make sick: DATA must name the folder that holds sick/ and vectors/, as in: make sick DATA=data" >&2; exit 2; }
-	$(BIN)/python -m benchmarks.sick --data "$(DATA)"
+	@test -n "$(DATA)" || { echo "make sick: DATA must name the folder that holds sick/, sts/, vectors/ and seed/, as in: make sick DATA=data" >&2; exit 2; }
+	for preset in fast good best paper article; do \
+		$(BIN)/python -m benchmarks.sick --preset $$preset --data "$(DATA)" || exit; \
+	done
+	$(BIN)/python -m benchmarks.sick_times --data "$(DATA)"
+	$(BIN)/python -m benchmarks.sick_report
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -25,8 +25,8 @@ def run_recipe(config: Config, watcher: Watcher | None = None) -> Result:
     One model without calibration is a run of `train`, in `config.out`. Otherwise each model is a
     run in a folder of its own below it, `members/0`, `members/1`, ... from seeds that follow one
     another, and `folds/0`, ... for the calibration; `config.out` gets the one model made of them,
-    `predictions.tsv` and `run.json`. A signal ends it all; `config.resume` goes on with the one that
-    was cut off and passes over those that are done.
+    `predictions.tsv` and `run.json`. A signal ends it all; `config.resume` goes on with the one it
+    cut off and passes over those that are done.
 
     The calibration is fitted on predictions for training pairs by models that have not seen them:
     the pairs are dealt into `config.folds` parts, and one model is trained on all parts but one,
