@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import torch
 
+from fastsiam._measured import Call, nearest
+
 BACKENDS = ("auto", "triton", "torch", "lstm", "reference")
 MAX_TRITON_HIDDEN = 128
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -21,9 +23,19 @@ class Choice(NamedTuple):
 
 
 def resolve_backend(
-    who: str, backend: str, device: torch.device, dtype: torch.dtype, H: int
+    who: str,
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    H: int,
+    call: Call | None = None,
+    gpu: str = "",
+    otherwise: str = "lstm",
 ) -> Choice:
     """Return the backend that runs, or raise if a named one cannot.
+
+    "auto" takes "triton" on CUDA where its kernels cover the call and `otherwise` for the rest on
+    CUDA, "torch" elsewhere; but "lstm" where the measurement nearest to the call found it faster.
 
     Args:
         who: the caller's name, for the message.
@@ -31,6 +43,9 @@ def resolve_backend(
         device: where the inputs are.
         dtype: what the weights are computed in.
         H: hidden size.
+        call: what is to be done; None where that is not known, and no measurement is asked then.
+        gpu: the name of the GPU, where `device` is one.
+        otherwise: "lstm", which is cuDNN there, or "torch" for work that is not an LSTM's.
 
     Raises:
         ValueError: the name is unknown, or the named backend cannot take this call.
@@ -50,12 +65,25 @@ def resolve_backend(
         if obstacle:
             raise ValueError(f"{who}: {obstacle}; pass backend='torch'")
         return Choice("triton", "named by the caller")
+    choice = _by_rule(device, obstacle, otherwise)
+    if call is None or choice.backend == "lstm":
+        return choice
+    row = nearest(gpu if device.type == "cuda" else device.type, call)
+    if row is None or row.other != choice.backend:
+        return choice
+    if row.ratio < 1:
+        return Choice("lstm", str(row))
+    return Choice(choice.backend, f"{choice.reason}; {row}")
+
+
+def _by_rule(device: torch.device, obstacle: str, otherwise: str) -> Choice:
+    """Return what "auto" takes without a measurement; `obstacle` is what keeps triton away."""
     if device.type != "cuda":
         return Choice("torch", f"inputs are on {device.type}, and triton's kernels run on cuda")
     if obstacle:
-        return Choice("torch", obstacle)
+        return Choice(otherwise, obstacle)
     if importlib.util.find_spec("triton") is None:
-        return Choice("torch", "triton is not installed")
+        return Choice(otherwise, "triton is not installed")
     return Choice("triton", "inputs are on cuda and the kernels cover this shape")
 
 

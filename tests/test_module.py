@@ -310,8 +310,8 @@ def test_explain_on_cuda(triton):
     """What a machine with a GPU would say, asked on any."""
     small, large = make(), SiameseLSTM(D, 129)
     assert small.explain("cuda").startswith("triton: inputs are on cuda and the kernels cover")
-    assert large.explain("cuda").startswith("torch: H must be at most 128")
-    assert make(dtype=torch.float64).explain("cuda").startswith("torch: dtype must be float32,")
+    assert large.explain("cuda").startswith("lstm: H must be at most 128")
+    assert make(dtype=torch.float64).explain("cuda").startswith("lstm: dtype must be float32,")
 
 
 def test_repr():

@@ -93,7 +93,7 @@ def test_wheel_holds_every_module_once(checkout, built):
     names = zipfile.ZipFile(built[1]).namelist()
     assert len(set(names)) == len(names)
     inside = {name for name in names if ".dist-info/" not in name}
-    assert inside == sources(checkout) | {"fastsiam/py.typed"}
+    assert inside == sources(checkout) | {"fastsiam/py.typed", "fastsiam/measured.json"}
 
 
 def test_sdist_holds_one_copy_of_the_kernels(checkout, built):
