@@ -123,9 +123,10 @@ def _siamese_fwd_kernel(
         lengths_ptr, order_ptr, B, T, COLUMNS, PAIRED, HAS_ORDER
     )
     last = length - 1
-    # a finished sequence runs on over its last token, unseen: no load in the loop has a mask
-    final = tl.maximum(last, 0)
-    first_token = seq.to(tl.int64) * T + direction * final
+    # a finished sequence runs on, unseen, so that no load in the loop has a mask: over what stands
+    # behind its end; backwards over its first token, as before it may be no memory of ours
+    first_token = seq.to(tl.int64) * T + direction * tl.maximum(last, 0)
+    final = T - 1 if DIRECTIONS == 1 else tl.maximum(last, 0)
     token = first_token.to(tl.int32)
     # records stand at the T + 1 gaps between tokens: a step's at the gap where it ends
     gap = seq * (T + 1) + direction * length + way
