@@ -1,9 +1,9 @@
-"""torch.library: schema, fake and gradient of the operators; nothing else.
+"""torch.library: schema, fake and gradient of the operators; `_layer` computes them.
 
 An operator runs one layer over N sequences. Both towers are one batch of N = 2B: sequence j and
 sequence B + j are a pair. Weights come stacked by direction, P of them: one, or two where the layer
 runs both ways. An operator takes the name of the cell, "lstm" or "gru", and of the backend that
-computes it, "torch" or "triton"; a kernel is imported when it first runs, so triton may be absent.
+computes it, "torch" or "triton".
 """
 
 from __future__ import annotations
@@ -13,20 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsiam import _topk, batched
-
-
-def _score(
-    h: Tensor, paired: bool, scale: float, learned_scale: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Return exp(-scale * L1) and L1 of the pairs of h, [B] each, or empty ones."""
-    if not paired:
-        return h.new_empty(0), h.new_empty(0)
-    left, right = h.chunk(2)
-    distance = (left - right).abs_().sum(dim=1)
-    if learned_scale is not None:
-        return torch.exp(-learned_scale.to(h.dtype) * distance), distance
-    return torch.exp(distance * -scale), distance
+from fastsiam import _layer, _topk, batched
 
 
 @torch.library.custom_op("fastsiam::siamese_prepare", mutates_args=())
@@ -34,32 +21,15 @@ def siamese_prepare(
     x: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor | None, cell: str, backend: str
 ) -> tuple[Tensor, Tensor]:
     """Project the rows of x, [R, D], and lay the recurrent weight out for `siamese_infer`."""
-    if backend == "triton":
-        from fastsiam.kernels import _packing
-
-        return (
-            _packing.pack_table(x, weight_ih, bias),
-            _packing.pack_weight_fwd(weight_hh),
-        )
-    return batched.prepare(x, weight_ih, weight_hh, bias, cell)
+    return _layer.prepare(x, weight_ih, weight_hh, bias, cell, backend)
 
 
 @siamese_prepare.register_fake
 def _(
     x: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor | None, cell: str, backend: str
 ) -> tuple[Tensor, Tensor]:
-    P, H = weight_hh.shape[0], weight_hh.shape[2]
-    if backend == "triton":
-        from fastsiam.kernels import _packing
-
-        table, weight = _packing.packed_shapes(x.shape[0], H, x.dtype, P)
-        return (
-            x.new_empty(table, dtype=_packing.table_dtype(x.dtype)),
-            x.new_empty(weight, dtype=_packing.bits_dtype(x.dtype)),
-        )
-    dtype = batched.compute_dtype(x.dtype)
-    shapes = (P, x.shape[0], 4 * H), (P, H, weight_hh.shape[1])
-    return x.new_empty(shapes[0], dtype=dtype), x.new_empty(shapes[1], dtype=dtype)
+    table, weight = _layer.prepared_shapes(x.shape[0], weight_hh.shape, x.dtype, backend)
+    return x.new_empty(table[0], dtype=table[1]), x.new_empty(weight[0], dtype=weight[1])
 
 
 @torch.library.custom_op("fastsiam::siamese_infer", mutates_args=())
@@ -82,29 +52,24 @@ def siamese_infer(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Run a layer over prepared tables: similarity, L1, vectors, hidden states; see siamese_fwd."""
-    if backend == "triton":
-        from fastsiam.kernels.siamese_fwd import siamese_fwd as launch
-
-        outputs = launch(
-            table,
-            weight,
-            ids,
-            lengths,
-            mask,
-            learned_scale,
-            scale,
-            H,
-            steps,
-            pooling,
-            paired,
-            allow_tf32,
-            dtype,
-            store_records=False,
-            store_outputs=keep_outputs,
-        )
-        return outputs[:4]
-    h, states = batched.infer(table, weight, ids, lengths, mask, steps, pooling, keep_outputs, cell)
-    return *_score(h, paired, scale, learned_scale), h.to(dtype), states.to(dtype)
+    return _layer.infer(
+        table,
+        weight,
+        ids,
+        lengths,
+        mask,
+        learned_scale,
+        scale,
+        H,
+        steps,
+        pooling,
+        paired,
+        keep_outputs,
+        allow_tf32,
+        dtype,
+        cell,
+        backend,
+    )
 
 
 @siamese_infer.register_fake
@@ -148,67 +113,6 @@ def _fake_outputs(
     return sim, torch.empty_like(sim), h, states
 
 
-def _run(
-    x: Tensor,
-    ids: Tensor | None,
-    lengths: Tensor,
-    mask: Tensor | None,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias: Tensor | None,
-    learned_scale: Tensor | None,
-    scale: float,
-    steps: int,
-    pooling: str,
-    paired: bool,
-    keep_outputs: bool,
-    allow_tf32: bool,
-    cell: str,
-    backend: str,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Run a layer from its inputs; `keep` says whether a backward follows."""
-    H = weight_hh.shape[2]
-    if backend == "triton":
-        from fastsiam.kernels import _packing
-        from fastsiam.kernels.siamese_fwd import siamese_fwd as launch
-
-        rows, row_ids = _packing.token_rows(x, ids, lengths, steps)
-        return launch(
-            _packing.pack_table(rows, weight_ih, bias),
-            _packing.pack_weight_fwd(weight_hh),
-            row_ids,
-            lengths,
-            mask,
-            learned_scale,
-            scale,
-            H,
-            steps,
-            pooling,
-            paired,
-            allow_tf32,
-            x.dtype,
-            store_records=keep,
-            store_outputs=keep_outputs,
-        )
-    h, states, saved = batched.forward(
-        x,
-        ids,
-        lengths,
-        mask,
-        weight_ih,
-        weight_hh,
-        bias,
-        steps,
-        pooling,
-        keep_outputs,
-        cell,
-        keep,
-    )
-    similarity, distance = _score(h, paired, scale, learned_scale)
-    return (similarity, distance, h.to(x.dtype), states.to(x.dtype), *saved)
-
-
 @torch.library.custom_op("fastsiam::siamese_run", mutates_args=())
 def siamese_run(
     x: Tensor,
@@ -229,7 +133,7 @@ def siamese_run(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Do what `siamese_fwd` does where no gradient is wanted: keep nothing."""
-    return _run(
+    return _layer.run(
         x,
         ids,
         lengths,
@@ -288,6 +192,7 @@ def siamese_fwd(
     pooling: str,
     paired: bool,
     keep_outputs: bool,
+    recompute: bool,
     allow_tf32: bool,
     cell: str,
     backend: str,
@@ -305,6 +210,7 @@ def siamese_fwd(
         pooling: "last", "max" or "mask".
         paired: whether sequences j and N / 2 + j are scored.
         keep_outputs: whether all hidden states are wanted.
+        recompute: keep nothing, and let the backward run the layer again part by part.
         allow_tf32: whether float32 products may be rounded to tf32.
         cell: "lstm" or "gru".
         backend: "torch" or "triton".
@@ -313,7 +219,7 @@ def siamese_fwd(
         Similarity and L1 [B], vectors [N, P * H], hidden states [N, steps, P * H] (empty unless
         wanted), and four tensors for the backward.
     """
-    return _run(
+    return _layer.run(
         x,
         ids,
         lengths,
@@ -330,7 +236,7 @@ def siamese_fwd(
         allow_tf32,
         cell,
         backend,
-        keep=True,
+        keep=not recompute,
     )
 
 
@@ -349,6 +255,7 @@ def _(
     pooling: str,
     paired: bool,
     keep_outputs: bool,
+    recompute: bool,
     allow_tf32: bool,
     cell: str,
     backend: str,
@@ -356,16 +263,12 @@ def _(
     P, H = weight_hh.shape[0], weight_hh.shape[2]
     N = lengths.shape[0]
     outputs = _fake_outputs(x, lengths, P * H, steps, paired, keep_outputs, x.dtype)
-    if backend == "triton":
-        from fastsiam.kernels import _packing
-
-        shapes, dtype = _packing.record_shapes(N, steps, H, P), x.dtype
-    else:
-        M = N * steps
-        cells = (P, M, H) if batched.CELLS[cell].STATES == 2 else (0,)
-        shapes, dtype = ((P, M, 4 * H), cells, (P, M, H)), batched.compute_dtype(x.dtype)
+    shapes, dtype = _layer.saved_shapes(N, steps, H, P, x.dtype, cell, backend)
+    if recompute:
+        shapes = ((0,),) * 3
     gates, c, states = (x.new_empty(shape, dtype=dtype) for shape in shapes)
-    peaks = x.new_empty((N, P * H) if pooling == "max" else 0, dtype=torch.int32)
+    kept = pooling == "max" and not recompute
+    peaks = x.new_empty((N, P * H) if kept else 0, dtype=torch.int32)
     return (*outputs, gates, c, states, peaks)
 
 
@@ -381,6 +284,7 @@ def siamese_bwd(
     mask: Tensor | None,
     weight_ih: Tensor,
     weight_hh: Tensor,
+    bias: Tensor | None,
     learned_scale: Tensor | None,
     sim: Tensor,
     distance: Tensor,
@@ -393,6 +297,7 @@ def siamese_bwd(
     steps: int,
     pooling: str,
     need_dx: bool,
+    recompute: bool,
     allow_tf32: bool,
     cell: str,
     backend: str,
@@ -407,60 +312,14 @@ def siamese_bwd(
         dscale = sim.new_zeros(1)
     else:
         dscale = -(dsim * sim * distance).sum().reshape(1)
-    if backend == "triton":
-        from fastsiam.kernels import _packing
-        from fastsiam.kernels.siamese_bwd import siamese_bwd as launch
-
-        dgates = launch(
-            dpair,
-            dh,
-            doutputs,
-            h,
-            weight_hh,
-            lengths,
-            mask,
-            gates,
-            c,
-            peaks,
-            steps,
-            pooling,
-            allow_tf32,
-        )
-        grads = _packing.weight_gradients(
-            dgates, states, x, ids, lengths, weight_ih, weight_hh, steps, need_dx
-        )
-        return *grads, dscale
-    dv = None if dh is None else dh.to(gates.dtype)
-    if dpair is not None:
-        left, right = h.to(gates.dtype).chunk(2)
-        pull = torch.sign(left - right) * dpair.unsqueeze(1)
-        pulls = torch.cat((pull, -pull))
-        dv = pulls if dv is None else dv + pulls
-    if doutputs is not None:
-        doutputs = doutputs.to(gates.dtype)
-    saved = batched.Saved(gates, c, states, peaks)
-    dx, dweight_ih, dweight_hh, dbias = batched.backward(
-        dv,
-        doutputs,
-        x,
-        ids,
-        lengths,
-        mask,
-        weight_ih,
-        weight_hh,
-        saved,
-        steps,
-        pooling,
-        need_dx,
-        cell,
-    )
-    return (
-        dx.to(x.dtype),
-        dweight_ih.to(weight_ih.dtype),
-        dweight_hh.to(weight_hh.dtype),
-        dbias.to(weight_hh.dtype),
-        dscale,
-    )
+    of_layer = x, ids, lengths, mask, weight_ih, weight_hh
+    how = steps, pooling, need_dx, allow_tf32, cell, backend
+    if recompute:
+        grads = _layer.gradients_in_parts(dpair, dh, doutputs, *of_layer, bias, h, *how)
+    else:
+        saved = batched.Saved(gates, c, states, peaks)
+        grads = _layer.gradients(dpair, dh, doutputs, *of_layer, h, saved, *how)
+    return *grads, dscale
 
 
 @siamese_bwd.register_fake
@@ -475,6 +334,7 @@ def _(
     mask: Tensor | None,
     weight_ih: Tensor,
     weight_hh: Tensor,
+    bias: Tensor | None,
     learned_scale: Tensor | None,
     sim: Tensor,
     distance: Tensor,
@@ -487,6 +347,7 @@ def _(
     steps: int,
     pooling: str,
     need_dx: bool,
+    recompute: bool,
     allow_tf32: bool,
     cell: str,
     backend: str,
@@ -504,18 +365,28 @@ def _(
 
 def _siamese_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, ids, lengths, mask, weight_ih, weight_hh, bias, learned_scale = inputs[:8]
-    ctx.scale, ctx.steps, ctx.pooling, _, _, ctx.allow_tf32, ctx.cell, ctx.backend = inputs[8:]
-    ctx.has_bias = bias is not None
+    ctx.scale, ctx.steps, ctx.pooling, _, _, *ctx.how = inputs[8:]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[4:])
     similarity, distance, h, _, *saved = output
     ctx.save_for_backward(
-        x, ids, lengths, mask, weight_ih, weight_hh, learned_scale, similarity, distance, h, *saved
+        x,
+        ids,
+        lengths,
+        mask,
+        weight_ih,
+        weight_hh,
+        bias,
+        learned_scale,
+        similarity,
+        distance,
+        h,
+        *saved,
     )
 
 
 def _siamese_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    x, ids, lengths, mask, weight_ih, weight_hh, learned_scale, *outputs = ctx.saved_tensors
+    x, ids, lengths, mask, weight_ih, weight_hh, bias, learned_scale, *outputs = ctx.saved_tensors
     reached = [None if g is None else g.contiguous() for g in grads[:4]]
     need = ctx.needs_input_grad
     if all(g is None for g in reached):
@@ -528,15 +399,14 @@ def _siamese_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, .
         mask,
         weight_ih,
         weight_hh,
+        bias,
         learned_scale,
         *outputs,
         ctx.scale,
         ctx.steps,
         ctx.pooling,
         need[0],
-        ctx.allow_tf32,
-        ctx.cell,
-        ctx.backend,
+        *ctx.how,
     )
     return (
         dx if need[0] else None,
@@ -545,9 +415,9 @@ def _siamese_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, .
         None,
         dweight_ih,
         dweight_hh,
-        dbias if ctx.has_bias else None,
+        dbias if need[6] else None,
         dscale.reshape(learned_scale.shape).to(learned_scale.dtype) if need[7] else None,
-        *(None,) * 8,
+        *(None,) * 9,
     )
 
 

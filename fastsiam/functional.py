@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from fastsiam import _ops, reference
 from fastsiam._backend import Choice, resolve_backend
 from fastsiam._checks import Lengths, Weights, check_network, check_side
+from fastsiam._measured import Call
 
 __all__ = [
     "Lengths",
@@ -49,8 +52,10 @@ class _Network(NamedTuple):
     dtype: torch.dtype
     pooling: str
     dropout: float
+    asked: str  # the caller's backend, which may be "auto"
     backend: str
     prepared: Prepared | None
+    recompute: bool
 
 
 def siamese_similarity(
@@ -62,6 +67,7 @@ def siamese_similarity(
     bidirectional: bool = False,
     pooling: str = "last",
     dropout: float = 0.0,
+    recompute: bool = False,
     embedding: Tensor | None = None,
     left_lengths: Lengths = None,
     right_lengths: Lengths = None,
@@ -89,6 +95,8 @@ def siamese_similarity(
         dropout: probability, 0 <= p < 1, with which a layer's outputs are dropped before the next
             layer. A pair has one mask for both sides and all steps: with two, equal sentences
             would differ.
+        recompute: keep no activations for the backward, which then runs each layer again, some
+            thousand sequences at a time: less memory for about one more forward.
         embedding: [V, D] vectors that ids point into.
         left_lengths: [B] valid steps of each sequence, 0 <= length <= T: int32 or int64 tensor on
             any device, or a list. None: all T. A sequence of length 0 has the vector 0.
@@ -112,7 +120,16 @@ def siamese_similarity(
     """
     who = "siamese_similarity"
     network = _network(
-        who, weights, cell, bidirectional, pooling, dropout, left.device, backend, prepared
+        who,
+        weights,
+        cell,
+        bidirectional,
+        pooling,
+        dropout,
+        left.device,
+        backend,
+        prepared,
+        recompute,
     )
     weight = _first(weights).weight_ih
     left, left_lengths = check_side(
@@ -150,6 +167,7 @@ def siamese_encode(
     bidirectional: bool = False,
     pooling: str = "last",
     dropout: float = 0.0,
+    recompute: bool = False,
     embedding: Tensor | None = None,
     lengths: Lengths = None,
     mask: Tensor | None = None,
@@ -163,7 +181,16 @@ def siamese_encode(
     """
     who = "siamese_encode"
     network = _network(
-        who, weights, cell, bidirectional, pooling, dropout, x.device, backend, prepared
+        who,
+        weights,
+        cell,
+        bidirectional,
+        pooling,
+        dropout,
+        x.device,
+        backend,
+        prepared,
+        recompute,
     )
     weight = _first(weights).weight_ih
     x, lengths = check_side(who, "x", x, lengths, mask, weight, embedding, validate)
@@ -203,7 +230,16 @@ def prepare(
     """
     with torch.no_grad():
         network = _network(
-            "prepare", weights, cell, bidirectional, "last", 0.0, embedding.device, backend, None
+            "prepare",
+            weights,
+            cell,
+            bidirectional,
+            "last",
+            0.0,
+            embedding.device,
+            backend,
+            None,
+            False,
         )
         if network.backend not in ("torch", "triton"):
             return None
@@ -222,11 +258,32 @@ def explain(
     device: torch.device,
     backend: str = "auto",
     *,
+    cell: str = "lstm",
+    sequences: int | None = None,
+    steps: int | None = None,
+    filled: float | None = None,
     who: str = "explain",
 ) -> Choice:
-    """Return the backend a call on `device` would take, and why; raise if it cannot run."""
+    """Return the backend a call on `device` would take, and why; raise if it cannot run.
+
+    "auto" goes by measurements where it knows the call: `sequences` (two a pair), `steps` of the
+    longest and `filled`, the share of their product that is valid, None where lengths are on a GPU.
+    Whether gradients are on counts too.
+    """
     weight = _first(weights).weight_hh
-    return resolve_backend(who, backend, device, _computed_dtype(weight), weight.shape[1])
+    dtype, H = _computed_dtype(weight), weight.shape[1]
+    if not sequences or not steps:
+        return resolve_backend(who, backend, device, dtype, H)
+    training = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in _first(weights)
+    )
+    name = str(dtype).removeprefix("torch.")
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    call = Call(cell, name, training, threads, H, sequences, steps, filled)
+    gpu = ""
+    if device.type == "cuda" and torch.cuda.is_available():
+        gpu = torch.cuda.get_device_name(device)
+    return resolve_backend(who, backend, device, dtype, H, call, gpu)
 
 
 def _first(weights: Weights | Sequence[Weights]) -> Weights:
@@ -243,6 +300,7 @@ def _network(
     device: torch.device,
     backend: str,
     prepared: Prepared | None,
+    recompute: bool,
 ) -> _Network:
     """Check the network's arguments and lay its weights out."""
     every = [weights] if isinstance(weights, Weights) else weights
@@ -253,7 +311,9 @@ def _network(
     dtype = _computed_dtype(every[0].weight_hh)
     if prepared is not None and prepared.backend != choice.backend:
         prepared = None
-    return _Network(cell, layers, dtype, pooling, dropout, choice.backend, prepared)
+    return _Network(
+        cell, layers, dtype, pooling, dropout, backend, choice.backend, prepared, recompute
+    )
 
 
 def _stack(network: _Network, directions: Sequence[Weights]) -> _Layer:
@@ -298,6 +358,9 @@ def _run(
         x = x.to(network.dtype)
     else:
         embedding = embedding.to(network.dtype)
+    network, steps = _fit(network, x, lengths)
+    x = x[:, :steps]
+    mask = None if mask is None else mask[:, :steps]
     pooling = network.pooling if mask is None else "mask"
     if pooling == "mean":
         pooling = "mask"
@@ -308,7 +371,11 @@ def _run(
     # the kernels address these by rows without gaps
     lengths = lengths.contiguous()
     mask = None if mask is None else mask.contiguous()
-    layer_of = _plain_layer if network.backend in ("reference", "lstm") else _fused_layer
+    layer_of: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = _fused_layer
+    if network.backend in ("reference", "lstm"):
+        layer_of = _plain_layer
+        if network.recompute and torch.is_grad_enabled():
+            layer_of = partial(checkpoint, _plain_layer, use_reentrant=False)
     with torch.autocast(x.device.type, enabled=False):
         for layer in network.layers[:-1]:
             states = layer_of(
@@ -329,6 +396,31 @@ def _run(
             False,
         )
     return similarity, distance, h
+
+
+def _fit(network: _Network, x: Tensor, lengths: Tensor) -> tuple[_Network, int]:
+    """Let "auto" look at the sizes of a call; return the steps that its backend needs, too."""
+    N, T = x.shape[:2]
+    measured = network.asked == "auto" and N > 0 and T > 0
+    if torch.compiler.is_compiling() or not (measured or network.backend == "lstm"):
+        return network, T
+    longest, filled = T, None
+    if x.device.type == "cpu":
+        longest = int(lengths.max()) if N else 0
+        filled = int(lengths.sum()) / (N * longest) if longest else 1.0
+    if measured:
+        choice = explain(
+            network.layers[0][0],
+            x.device,
+            network.asked,
+            cell=network.cell,
+            sequences=N,
+            steps=max(longest, 1),
+            filled=filled,
+        )
+        network = network._replace(backend=choice.backend)
+    # the other backends stop where a sequence stops by themselves
+    return network, longest if network.backend == "lstm" else T
 
 
 def _drop(states: Tensor, dropout: float, paired: bool) -> Tensor:
@@ -386,23 +478,13 @@ def _fused_layer(
             network.backend,
         )
         return outputs
-    run = _ops.siamese_fwd if wants_grad else _ops.siamese_run
-    outputs = run(
-        source,
-        ids,
-        lengths,
-        mask,
-        *_stack(network, directions),
-        learned_scale,
-        factor,
-        steps,
-        pooling,
-        paired,
-        keep_outputs,
-        allow_tf32,
-        network.cell,
-        network.backend,
-    )[:4]
+    given = (source, ids, lengths, mask, *_stack(network, directions), learned_scale, factor, steps)
+    how = pooling, paired, keep_outputs
+    backend = allow_tf32, network.cell, network.backend
+    if wants_grad:
+        outputs = _ops.siamese_fwd(*given, *how, network.recompute, *backend)[:4]
+    else:
+        outputs = _ops.siamese_run(*given, *how, *backend)
     return outputs
 
 
@@ -560,7 +642,7 @@ def manhattan_topk(
             f"{who}: k must be between 1 and the {corpus.shape[0]} rows of corpus, got {k}"
         )
     _check_scale(who, scale)
-    choice = resolve_backend(who, backend, queries.device, queries.dtype, H=1)
+    choice = resolve_backend(who, backend, queries.device, queries.dtype, H=1, otherwise="torch")
     if choice.backend not in ("torch", "triton"):
         raise ValueError(
             f"{who}: backend must be auto, triton or torch, got {backend!r}; pass backend='torch'"

@@ -41,6 +41,7 @@ class _Siamese(nn.Module):
         pooling: str = "last",
         scale: float = 1.0,
         learn_scale: bool = False,
+        recompute: bool = False,
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -75,6 +76,7 @@ class _Siamese(nn.Module):
         self.dropout = dropout
         self.bidirectional = bidirectional
         self.pooling = pooling
+        self.recompute = recompute
         self.backend = backend
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         rows, directions = GATES[self.cell] * hidden_size, 2 if bidirectional else 1
@@ -178,6 +180,7 @@ class _Siamese(nn.Module):
             bidirectional=self.bidirectional,
             pooling=self.pooling,
             dropout=self.dropout if self.training else 0.0,
+            recompute=self.recompute,
             embedding=table,
             lengths=lengths,
             mask=mask,
@@ -186,15 +189,36 @@ class _Siamese(nn.Module):
             validate=validate,
         )
 
-    def explain(self, device: torch.device | str | None = None) -> str:
-        """Say which backend a call takes, and why; on the parameters' device unless one is given.
+    def explain(
+        self,
+        device: torch.device | str | None = None,
+        *,
+        pairs: int | None = None,
+        steps: int | None = None,
+        filled: float | None = None,
+    ) -> str:
+        """Say which backend a call takes, and why.
+
+        Args:
+            device: of the call; None: the parameters'.
+            pairs: of the call. "auto" goes by measurements where it knows a call's sizes, and by
+                its rule where these are not given; gradients on or off count too.
+            steps: of the longest sequence.
+            filled: share of all steps that is valid; None where lengths are on a GPU.
 
         Raises:
             ValueError: the named backend cannot run there.
         """
         where = self.weight_hh_l0.device if device is None else torch.device(device)
         backend, reason = functional.explain(
-            self._weights(), where, self.backend, who=f"{type(self).__name__}.explain"
+            self._weights(),
+            where,
+            self.backend,
+            cell=self.cell,
+            sequences=None if pairs is None else 2 * pairs,
+            steps=steps,
+            filled=filled,
+            who=f"{type(self).__name__}.explain",
         )
         weight = self.weight_hh_l0
         return (
@@ -239,6 +263,7 @@ class _Siamese(nn.Module):
             bidirectional=self.bidirectional,
             pooling=self.pooling,
             dropout=self.dropout if self.training else 0.0,
+            recompute=self.recompute,
             embedding=table,
             left_lengths=left_lengths,
             right_lengths=right_lengths,
@@ -332,6 +357,8 @@ class SiameseLSTM(_Siamese):
             unit over the valid steps. A call may give masks instead.
         scale: factor on L1, > 0; 1 in the paper, a quarter scores higher on SICK.
         learn_scale: whether the factor trains; its logarithm is then the parameter `log_scale`.
+        recompute: keep no activations for the backward, which runs the forward again, some thousand
+            sequences at a time.
         backend: "auto", "triton", "torch", "lstm" or "reference". A named one runs or raises.
         device, dtype: of the parameters; float64, float32, float16 or bfloat16.
 

@@ -69,15 +69,15 @@ def test_forward_and_backward(fused_backend, ids, paired, dtype):
         None if t is None else t.requires_grad_() for t in (x, weight_ih, weight_hh, bias, scale)
     )
     args = (x, row_ids, lengths, mask, weight_ih, weight_hh, bias, scale)
-    rest = (1.0, T, pooling, paired, paired, False, "lstm", fused_backend)
+    rest = (1.0, T, pooling, paired, paired, False, False, "lstm", fused_backend)
     # the saved activations hold rows that no step wrote, which are not compared as numbers
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     opcheck(_ops.siamese_fwd, (*args, *rest), test_utils=tests)
     outputs = [t.detach() for t in _ops.siamese_fwd(*args, *rest)]
     upstream = [torch.randn_like(t) if paired or t is outputs[2] else None for t in outputs[:4]]
-    args = (*upstream, *args[:6], scale, *outputs[:3], *outputs[4:])
+    args = (*upstream, *args[:7], scale, *outputs[:3], *outputs[4:])
     args = [t.detach() if isinstance(t, torch.Tensor) else t for t in args]
-    opcheck(_ops.siamese_bwd, (*args, 1.0, T, pooling, True, False, "lstm", fused_backend))
+    opcheck(_ops.siamese_bwd, (*args, 1.0, T, pooling, True, False, False, "lstm", fused_backend))
 
 
 @pytest.mark.parametrize("ids", [True, False], ids=["ids", "dense"])

@@ -1,0 +1,336 @@
+"""One layer on one backend: what the operators of `_ops` compute, as plain functions.
+
+A kernel is imported when it first runs, so triton may be absent. Arguments are those of
+`_ops.siamese_fwd` and `_ops.siamese_bwd`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsiam import batched
+
+# padded tokens, and sequences, whose activations `gradients_in_parts` holds at once
+PART_TOKENS, PART_SEQUENCES = 2**16, 1024
+
+Shape = tuple[int, ...]
+
+
+def prepare(
+    x: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor | None, cell: str, backend: str
+) -> tuple[Tensor, Tensor]:
+    """Project the rows of x, [R, D], and lay the recurrent weight out for `infer`."""
+    if backend == "triton":
+        packing = _packing_of(cell)
+        return packing.pack_table(x, weight_ih, bias), packing.pack_weight_fwd(weight_hh)
+    return batched.prepare(x, weight_ih, weight_hh, bias, cell)
+
+
+def prepared_shapes(
+    R: int, weight_hh: Shape, dtype: torch.dtype, backend: str
+) -> tuple[tuple[Shape, torch.dtype], tuple[Shape, torch.dtype]]:
+    """Return shape and dtype of both results of `prepare`, for R rows and weight_hh's shape."""
+    P, rows, H = weight_hh
+    if backend == "triton":
+        from fastsiam.kernels import _packing
+
+        table, weight = _packing.packed_shapes(R, H, dtype, P)
+        return (table, _packing.table_dtype(dtype)), (weight, _packing.bits_dtype(dtype))
+    computed = batched.compute_dtype(dtype)
+    return ((P, R, 4 * H), computed), ((P, H, rows), computed)
+
+
+def saved_shapes(
+    N: int, steps: int, H: int, P: int, dtype: torch.dtype, cell: str, backend: str
+) -> tuple[tuple[Shape, ...], torch.dtype]:
+    """Return the shapes of gates, cells and states that `run` keeps, and their dtype."""
+    if backend == "triton":
+        return _packing_of(cell).record_shapes(N, steps, H, P), dtype
+    M = N * steps
+    cells = (P, M, H) if batched.CELLS[cell].STATES == 2 else (0,)
+    return ((P, M, 4 * H), cells, (P, M, H)), batched.compute_dtype(dtype)
+
+
+def infer(
+    table: Tensor,
+    weight: Tensor,
+    ids: Tensor | None,
+    lengths: Tensor,
+    mask: Tensor | None,
+    learned_scale: Tensor | None,
+    scale: float,
+    H: int,
+    steps: int,
+    pooling: str,
+    paired: bool,
+    keep_outputs: bool,
+    allow_tf32: bool,
+    dtype: torch.dtype,
+    cell: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Run a layer over prepared tables: similarity, L1, vectors, hidden states."""
+    if backend == "triton":
+        outputs: tuple[Tensor, Tensor, Tensor, Tensor] = _launchers(cell)[0](
+            table,
+            weight,
+            ids,
+            lengths,
+            mask,
+            learned_scale,
+            scale,
+            H,
+            steps,
+            pooling,
+            paired,
+            allow_tf32,
+            dtype,
+            store_records=False,
+            store_outputs=keep_outputs,
+        )[:4]
+        return outputs
+    h, states = batched.infer(table, weight, ids, lengths, mask, steps, pooling, keep_outputs, cell)
+    return *_score(h, paired, scale, learned_scale), h.to(dtype), states.to(dtype)
+
+
+def run(
+    x: Tensor,
+    ids: Tensor | None,
+    lengths: Tensor,
+    mask: Tensor | None,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias: Tensor | None,
+    learned_scale: Tensor | None,
+    scale: float,
+    steps: int,
+    pooling: str,
+    paired: bool,
+    keep_outputs: bool,
+    allow_tf32: bool,
+    cell: str,
+    backend: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Run a layer from its inputs; `keep` says whether to keep what `gradients` needs."""
+    H = weight_hh.shape[2]
+    if backend == "triton":
+        from fastsiam.kernels._packing import token_rows
+
+        packing = _packing_of(cell)
+        rows, row_ids = token_rows(x, ids, lengths, steps)
+        outputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+        outputs = _launchers(cell)[0](
+            packing.pack_table(rows, weight_ih, bias),
+            packing.pack_weight_fwd(weight_hh),
+            row_ids,
+            lengths,
+            mask,
+            learned_scale,
+            scale,
+            H,
+            steps,
+            pooling,
+            paired,
+            allow_tf32,
+            x.dtype,
+            store_records=keep,
+            store_outputs=keep_outputs,
+        )
+        return outputs
+    h, states, saved = batched.forward(
+        x,
+        ids,
+        lengths,
+        mask,
+        weight_ih,
+        weight_hh,
+        bias,
+        steps,
+        pooling,
+        keep_outputs,
+        cell,
+        keep,
+    )
+    similarity, distance = _score(h, paired, scale, learned_scale)
+    return (similarity, distance, h.to(x.dtype), states.to(x.dtype), *saved)
+
+
+def gradients(
+    dpair: Tensor | None,
+    dvectors: Tensor | None,
+    doutputs: Tensor | None,
+    x: Tensor,
+    ids: Tensor | None,
+    lengths: Tensor,
+    mask: Tensor | None,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    h: Tensor,
+    saved: batched.Saved,
+    steps: int,
+    pooling: str,
+    need_dx: bool,
+    allow_tf32: bool,
+    cell: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of x (empty unless need_dx), weight_ih, weight_hh and bias.
+
+    Args:
+        dpair: [B] gradient of the pairs' L1, or None.
+        dvectors: [N, P * H], or None.
+        doutputs: [N, T, P * H], or None.
+        h: [N, P * H] vectors.
+        saved: what `run` kept.
+    """
+    if backend == "triton":
+        dgates = _launchers(cell)[1](
+            dpair,
+            dvectors,
+            doutputs,
+            h,
+            weight_hh,
+            lengths,
+            mask,
+            saved.gates,
+            saved.cells if cell == "lstm" else saved.states,
+            saved.peaks,
+            steps,
+            pooling,
+            allow_tf32,
+        )
+        found: tuple[Tensor, Tensor, Tensor, Tensor] = _packing_of(cell).weight_gradients(
+            dgates, saved.states, x, ids, lengths, weight_ih, weight_hh, steps, need_dx
+        )
+        return found
+    dtype = saved.gates.dtype
+    dx, dweight_ih, dweight_hh, dbias = batched.backward(
+        _reach_vectors(dpair, dvectors, h.to(dtype)),
+        None if doutputs is None else doutputs.to(dtype),
+        x,
+        ids,
+        lengths,
+        mask,
+        weight_ih,
+        weight_hh,
+        saved,
+        steps,
+        pooling,
+        need_dx,
+        cell,
+    )
+    return (
+        dx.to(x.dtype),
+        dweight_ih.to(weight_ih.dtype),
+        dweight_hh.to(weight_hh.dtype),
+        dbias.to(weight_hh.dtype),
+    )
+
+
+def gradients_in_parts(
+    dpair: Tensor | None,
+    dvectors: Tensor | None,
+    doutputs: Tensor | None,
+    x: Tensor,
+    ids: Tensor | None,
+    lengths: Tensor,
+    mask: Tensor | None,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias: Tensor | None,
+    h: Tensor,
+    steps: int,
+    pooling: str,
+    need_dx: bool,
+    allow_tf32: bool,
+    cell: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Do what `gradients` does with nothing kept: run some sequences again, then the next ones."""
+    N, precise = lengths.shape[0], torch.promote_types(x.dtype, torch.float32)
+    dv = _reach_vectors(dpair, dvectors, h.to(precise))
+    sums = [
+        torch.zeros(shape, device=x.device, dtype=precise)
+        for shape in (weight_ih.shape, weight_hh.shape, (len(weight_hh), 4 * weight_hh.shape[2]))
+    ]
+    dx = torch.zeros(x.shape if need_dx else 0, device=x.device, dtype=precise)
+    size = max(PART_SEQUENCES, PART_TOKENS // max(steps, 1))
+    for start in range(0, N, size):
+        some = slice(start, start + size)
+        rows = slice(start * steps, min(start + size, N) * steps) if ids is None else slice(None)
+        part = (x[rows], _some(ids, some), lengths[some], _some(mask, some), weight_ih, weight_hh)
+        how = (allow_tf32, cell, backend)
+        _, _, vectors, _, *kept = run(
+            *part, bias, None, 1.0, steps, pooling, False, False, *how, keep=True
+        )
+        found = gradients(
+            None,
+            None if dv is None else dv[some].to(x.dtype),
+            _some(doutputs, some),
+            *part,
+            vectors,
+            batched.Saved(*kept),
+            steps,
+            pooling,
+            need_dx,
+            *how,
+        )
+        if need_dx:
+            dx[rows] += found[0]
+        for total, grad in zip(sums, found[1:], strict=True):
+            total += grad
+    dweight_ih, dweight_hh, dbias = (total.to(x.dtype) for total in sums)
+    return dx.to(x.dtype), dweight_ih, dweight_hh, dbias
+
+
+def _reach_vectors(dpair: Tensor | None, dvectors: Tensor | None, h: Tensor) -> Tensor | None:
+    """Return all that reaches the vectors, [N, P * H], from L1 and from outside, in h's dtype."""
+    dv = None if dvectors is None else dvectors.to(h.dtype)
+    if dpair is None:
+        return dv
+    left, right = h.chunk(2)
+    pull = torch.sign(left - right) * dpair.unsqueeze(1)
+    pulls = torch.cat((pull, -pull))
+    return pulls if dv is None else dv + pulls
+
+
+def _some(t: Tensor | None, rows: slice) -> Tensor | None:
+    return None if t is None else t[rows]
+
+
+def _score(
+    h: Tensor, paired: bool, scale: float, learned_scale: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return exp(-scale * L1) and L1 of the pairs of h, [B] each, or empty ones."""
+    if not paired:
+        return h.new_empty(0), h.new_empty(0)
+    left, right = h.chunk(2)
+    distance = (left - right).abs_().sum(dim=1)
+    if learned_scale is not None:
+        return torch.exp(-learned_scale.to(h.dtype) * distance), distance
+    return torch.exp(distance * -scale), distance
+
+
+def _packing_of(cell: str) -> ModuleType:
+    from fastsiam.kernels import _packing, _packing_gru
+
+    return _packing if cell == "lstm" else _packing_gru
+
+
+def _launchers(cell: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Import the kernels of a cell; the second takes what the first kept beside the gates."""
+    if cell == "lstm":
+        from fastsiam.kernels.siamese_bwd import siamese_bwd
+        from fastsiam.kernels.siamese_fwd import siamese_fwd
+
+        return siamese_fwd, siamese_bwd
+    from fastsiam.kernels.siamese_gru_bwd import siamese_gru_bwd
+    from fastsiam.kernels.siamese_gru_fwd import siamese_gru_fwd
+
+    return siamese_gru_fwd, siamese_gru_bwd

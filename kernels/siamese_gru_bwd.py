@@ -1,0 +1,284 @@
+"""The GRU's recurrence backward through time, from exp(-L1) on: kernel, then launcher."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastsiam.kernels import _packing, _packing_gru, _tiling
+from fastsiam.kernels._math import (
+    _direction,
+    _load_cells,
+    _load_cells_where,
+    _load_weight,
+    _product_streamed,
+    _sequences,
+    _store_cells,
+    _turn,
+)
+from fastsiam.kernels.siamese_bwd import (
+    _as_accumulator,
+    _as_cells,
+    _as_operand,
+    _at_units,
+    _gates,
+    _load_gates,
+    _upstream,
+)
+
+
+@triton.jit(do_not_specialize=["B", "T", "H", "zero"])
+def _siamese_gru_bwd_kernel(
+    # P is the number of directions
+    dpair_ptr,  # [B] float32 gradient of the L1 of a pair (HAS_DPAIR)
+    dvectors_ptr,  # [N, P, H] gradient of the sentence vectors (HAS_DVECTORS)
+    doutputs_ptr,  # [N, T, P, H] gradient of all states, by token (HAS_DOUTPUTS)
+    vectors_ptr,  # [N, P, H] sentence vectors
+    # bits of weight_hh transposed: r and z, then n
+    weight_ptr,  # [P, [BLOCK_H, 2 * BLOCK_H] and [BLOCK_H, BLOCK_H]]
+    lengths_ptr,  # [N] valid steps
+    mask_ptr,  # [N, T] weights of the tokens (POOLING "mask")
+    order_ptr,  # [B] pairs in the order in which programs take them (HAS_ORDER)
+    # the forward's records, half precision in words of two
+    gates_ptr,  # [P, N, T + 1, BLOCK_H, 4]
+    states_ptr,  # [P, N, T + 1, BLOCK_H], not as words
+    peaks_ptr,  # [N, P, H] step of the maximum (POOLING "max")
+    dgates_ptr,  # [P, N, T + 1, BLOCK_H, 4] out: gate gradients
+    B,  # pairs; sequences where not PAIRED
+    T,
+    H,
+    zero,  # 0
+    BLOCK_H: tl.constexpr,  # 32, 64 or 128 >= H
+    BLOCK_N: tl.constexpr,  # sequences of a program, a multiple of 8
+    WARPS: tl.constexpr,
+    STREAM: tl.constexpr,  # weight read every step
+    PRECISION: tl.constexpr,  # these three: _tiling.Arithmetic
+    WIDEN: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+    DIRECTIONS: tl.constexpr,  # P, 1 or 2: axis 1 of the grid
+    POOLING: tl.constexpr,  # "last", "mask" or "max"
+    PAIRED: tl.constexpr,
+    HAS_DPAIR: tl.constexpr,
+    HAS_DVECTORS: tl.constexpr,
+    HAS_DOUTPUTS: tl.constexpr,
+    HAS_ORDER: tl.constexpr,
+):
+    BLOCKS: tl.constexpr = BLOCK_H // (16 * WARPS)
+    COLUMNS: tl.constexpr = BLOCK_N // 8
+    DTYPE: tl.constexpr = vectors_ptr.dtype.element_ty
+    DOT_DTYPE: tl.constexpr = tl.float32 if WIDEN else DTYPE
+    # elements of a unit in the records: half precision comes in words of two
+    GATES: tl.constexpr = 4 if DTYPE == tl.float32 else 2
+    SQUARE: tl.constexpr = BLOCK_H * BLOCK_H
+
+    seq, other, live, length, steps = _sequences(
+        lengths_ptr, order_ptr, B, T, COLUMNS, PAIRED, HAS_ORDER
+    )
+    last = length - 1
+    direction, way = _direction(DIRECTIONS)
+    # records stand at the T + 1 gaps between tokens: a step's at the gap where it ends, its gate
+    # gradients at the one where it began
+    first_gap = seq * (T + 1) + direction * length
+    begin = way * first_gap
+    last_gap = begin + last
+    first_token = seq.to(tl.int64) * T + direction * last
+    rows = direction * (2 * B if PAIRED else B).to(tl.int64) * (T + 1)
+
+    # units of the cells, [blocks, half, 1, 1, warps, 8, 1]
+    block = tl.arange(0, BLOCKS)[:, None, None, None, None, None, None]
+    half = tl.arange(0, 2)[None, :, None, None, None, None, None]
+    warp = tl.arange(0, WARPS)[None, None, None, None, :, None, None]
+    within = 16 * warp + tl.arange(0, 8)[None, None, None, None, None, :, None]
+    unit = block * (16 * WARPS) + half * 8 + within
+    # loads of one value a cell would get a layout of their own if units were seen to be adjacent
+    unit_apart = block * (16 * WARPS) + half * 8 + (within ^ zero)
+    # of the gap where a step began, what stands where it ended
+    gates_ptr += (rows + way) * (GATES * BLOCK_H)
+    gates_ptrs = gates_ptr + (tl.expand_dims(unit, 7) * GATES + tl.arange(0, GATES))
+    states_ptrs = states_ptr + rows * BLOCK_H + unit_apart
+    dgates_ptr += rows * (4 * BLOCK_H)
+    dgates_ptrs = dgates_ptr + (tl.expand_dims(unit, 7) * 4 + tl.arange(0, 4))
+    weight_ptr += direction * (3 * SQUARE)
+    doutputs_ptrs = doutputs_ptr + direction * H + unit_apart
+
+    # gradient of the sentence vectors; of 2h, which is what the recurrence carries
+    offs = (_at_units(seq).to(tl.int64) * DIRECTIONS + direction) * H + unit_apart
+    inside = _at_units(live) & (unit < H)
+    dv = tl.zeros((BLOCKS, 2, COLUMNS, 2, WARPS, 8, 4), tl.float32)
+    if HAS_DVECTORS:
+        dv += _load_cells_where(dvectors_ptr + offs, inside, 7)
+    if HAS_DPAIR:
+        offs_other = (_at_units(other).to(tl.int64) * DIRECTIONS + direction) * H + unit_apart
+        own = _load_cells_where(vectors_ptr + offs, inside, 7)
+        its = _load_cells_where(vectors_ptr + offs_other, inside, 7)
+        sign = tl.where(own > its, 1.0, tl.where(own < its, -1.0, 0.0))
+        dpair = tl.load(dpair_ptr + (tl.minimum(seq, other)))
+        dv += sign * _at_units(dpair)
+    dv = 0.5 * dv
+    peak = tl.full(dv.shape, -1, tl.int32)
+    if POOLING == "max":
+        peak = _turn(tl.load(_turn(peaks_ptr + offs, 7), _turn(inside, 7), -1), 7)
+
+    # rows of steps behind a sequence's end are its last row's: finite, and its gradient is 0 there
+    start = _at_units(way * tl.maximum(last_gap, begin)).to(tl.int64)
+    gates = _load_gates(gates_ptrs, start, GATES * BLOCK_H, DTYPE)
+    states = _load_cells(states_ptrs + start * BLOCK_H, 7)
+    dh = _upstream(
+        steps,
+        dv,
+        peak,
+        mask_ptr,
+        doutputs_ptrs,
+        first_token,
+        way,
+        length,
+        DIRECTIONS * H,
+        unit_apart < H,
+        POOLING,
+        HAS_DOUTPUTS,
+    )
+    dh = _as_accumulator(dh, BLOCK_H, BLOCK_N)
+    dh_y = tl.zeros((BLOCK_H, BLOCK_N), tl.float32)
+    if not STREAM:
+        weight_rz = _load_weight(weight_ptr, BLOCK_H, 2 * BLOCK_H, DTYPE, DOT_DTYPE, zero)
+        weight_y = _load_weight(weight_ptr + 2 * SQUARE, BLOCK_H, BLOCK_H, DTYPE, DOT_DTYPE, zero)
+        # of 0: a use ahead of the loop keeps the weight's change of layout ahead of it
+        nothing = tl.zeros((2 * BLOCK_H, BLOCK_N), DOT_DTYPE)
+        dh = tl.dot(weight_rz, nothing, dh, input_precision=PRECISION)
+        nothing = tl.zeros((BLOCK_H, BLOCK_N), DOT_DTYPE)
+        dh_y = tl.dot(weight_y, nothing, input_precision=PRECISION)
+    t = steps - 1
+    gap = begin + t
+    for _ in range(steps):
+        before = tl.maximum(tl.minimum(gap - 1, last_gap), begin)
+        before = _at_units(way * before).to(tl.int64)
+        gates_before = _load_gates(gates_ptrs, before, GATES * BLOCK_H, DTYPE)
+        states_before = _load_cells(states_ptrs + before * BLOCK_H, 7)
+        r, z, n, n_by_r = _gates(gates, DTYPE)
+        # docs/kernels.md derives these: all that waits for the gradient is a multiplication
+        h_by_n = 1.0 - n * n
+        h_by_n = h_by_n - h_by_n * z
+        h_by_z = 0.5 * states.to(tl.float32) - n
+        h_by_z = h_by_z - h_by_z * z * z
+        d = _as_cells(dh, BLOCKS, COLUMNS, WARPS) + _as_cells(dh_y, BLOCKS, COLUMNS, WARPS)
+        dn = d * h_by_n
+
+        upstream = d * (0.5 * z + 0.5) + _upstream(
+            t,
+            dv,
+            peak,
+            mask_ptr,
+            doutputs_ptrs,
+            first_token,
+            way,
+            length,
+            DIRECTIONS * H,
+            unit_apart < H,
+            POOLING,
+            HAS_DOUTPUTS,
+        )
+
+        # two products for two chains of instructions; their sum waits for the next step, as the
+        # compiler would chain them if they were added here. What enters n from x has no part in it
+        d_rz = tl.join(dn * n_by_r, d * h_by_z).to(DTYPE)
+        d_y = (dn * r + dn).to(DTYPE)
+        rows_rz = _as_operand(d_rz, BLOCK_H, BLOCK_N, ASSEMBLY).to(DOT_DTYPE)
+        rows_y = _as_accumulator(d_y, BLOCK_H, BLOCK_N).to(DOT_DTYPE)
+        dh = _as_accumulator(upstream, BLOCK_H, BLOCK_N)
+        if STREAM:
+            weight = weight_ptr + t * zero
+            dh = _product_streamed(
+                weight, rows_rz, dh, BLOCK_H, 2 * BLOCK_H, DTYPE, DOT_DTYPE, PRECISION
+            )
+            dh = _product_streamed(
+                weight + 2 * SQUARE, rows_y, dh, BLOCK_H, BLOCK_H, DTYPE, DOT_DTYPE, PRECISION
+            )
+        else:
+            dh = tl.dot(weight_rz, rows_rz, dh, input_precision=PRECISION)
+            dh_y = tl.dot(weight_y, rows_y, input_precision=PRECISION)
+
+        at = tl.expand_dims(_at_units(way * gap), 7).to(tl.int64) * (4 * BLOCK_H)
+        d_ny = tl.join(dn.to(DTYPE), d_y)
+        da = tl.permute(tl.join(d_rz, d_ny), (0, 1, 2, 3, 4, 5, 6, 8, 7))
+        da = tl.reshape(da, d.shape + (4,))
+        _store_cells(dgates_ptrs + at, da, _at_units(t <= last), 7)
+        t -= 1
+        gap -= 1
+        gates = gates_before
+        states = states_before
+
+
+def siamese_gru_bwd(
+    dpair: Tensor | None,
+    dvectors: Tensor | None,
+    doutputs: Tensor | None,
+    vectors: Tensor,
+    weight_hh: Tensor,
+    lengths: Tensor,
+    mask: Tensor | None,
+    gates: Tensor,
+    states: Tensor,
+    peaks: Tensor,
+    steps: int,
+    pooling: str,
+    allow_tf32: bool,
+) -> Tensor:
+    """Carry the gradients of the pairs' L1, the vectors and all states back through time.
+
+    Args:
+        dpair: [B] float32 or None.
+        dvectors: [N, P * H] or None.
+        doutputs: [N, T, P * H] or None; what stands behind a sequence's end is not read.
+        vectors: [N, P * H] sentence vectors.
+        weight_hh: [P, 3H, H].
+        lengths, mask, steps, pooling: as in the forward.
+        gates, states, peaks: the forward's records.
+
+    Returns:
+        Gate gradients in _packing_gru's order and scaling, zero where no step was.
+    """
+    N, P, H = vectors.shape[0], weight_hh.shape[0], weight_hh.shape[2]
+    dgates = torch.zeros_like(gates)
+    if N == 0 or steps == 0:
+        return dgates
+    target = _tiling.target_of(vectors.device)
+    how = _tiling.arithmetic(vectors.dtype, allow_tf32, target)
+    tile = _tiling.backward_tile(H, vectors.dtype, how.PRECISION, target)
+    paired = dpair is not None
+    B = N // 2 if paired else N
+    order = _tiling.pair_order(lengths, B, target)
+    words = _packing.table_dtype(vectors.dtype)
+    _siamese_gru_bwd_kernel[(triton.cdiv(N, tile.sequences), P)](
+        dpair_ptr=vectors if dpair is None else dpair,
+        dvectors_ptr=vectors if dvectors is None else dvectors,
+        doutputs_ptr=vectors if doutputs is None else doutputs,
+        vectors_ptr=vectors,
+        weight_ptr=_packing_gru.pack_weight_bwd(weight_hh),
+        lengths_ptr=lengths,
+        mask_ptr=lengths if mask is None else mask,
+        order_ptr=lengths if order is None else order,
+        gates_ptr=gates.view(words),
+        states_ptr=states,
+        peaks_ptr=peaks,
+        dgates_ptr=dgates,
+        B=B,
+        T=steps,
+        H=H,
+        zero=0,
+        BLOCK_H=tile.block_h,
+        BLOCK_N=tile.sequences,
+        WARPS=tile.num_warps,
+        STREAM=tile.stream,
+        DIRECTIONS=P,
+        POOLING=pooling,
+        PAIRED=paired,
+        HAS_DPAIR=paired,
+        HAS_DVECTORS=dvectors is not None,
+        HAS_DOUTPUTS=doutputs is not None,
+        HAS_ORDER=order is not None,
+        PRECISION=how.PRECISION,
+        WIDEN=how.WIDEN,
+        ASSEMBLY=how.ASSEMBLY,
+        num_warps=tile.num_warps,
+    )
+    return dgates

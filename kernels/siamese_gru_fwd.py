@@ -1,0 +1,280 @@
+"""The GRU's recurrence with the gather of gate rows and exp(-L1): kernel, then launcher."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastsiam.kernels import _packing_gru, _tiling
+from fastsiam.kernels._math import (
+    _direction,
+    _load_weight,
+    _product_streamed,
+    _sequences,
+    _store_cells,
+    _tanh,
+)
+from fastsiam.kernels.siamese_fwd import (
+    _as_accumulator,
+    _as_gates,
+    _at_units,
+    _gate_pairs,
+    _load_rows,
+    _row_at,
+)
+
+
+@triton.jit(do_not_specialize=["B", "T", "R", "H", "zero"])
+def _siamese_gru_fwd_kernel(
+    # P is the number of directions
+    table_ptr,  # [R, P, BLOCK_H, 4] input gates of a row; half precision: 2 words of two a unit
+    weight_ptr,  # [P, 4 * BLOCK_H, BLOCK_H] bits of weight_hh
+    ids_ptr,  # [N, T] rows of the table (HAS_IDS); else row n * T + t is the token's own
+    lengths_ptr,  # [N] valid steps
+    mask_ptr,  # [N, T] weights of the tokens (POOLING "mask")
+    order_ptr,  # [B] pairs in the order in which programs take them (HAS_ORDER)
+    learned_scale_ptr,  # [1] factor on L1 (HAS_LEARNED_SCALE)
+    similarity_ptr,  # [B] out: exp(-scale * L1) (PAIRED, P = 1)
+    distance_ptr,  # [P, B] out: L1 (PAIRED)
+    vectors_ptr,  # [N, P, H] out: sentence vectors
+    outputs_ptr,  # [N, T, P, H] out: h by token (STORE_OUTPUTS)
+    # what the backward needs (STORE_RECORDS), see docs/kernels.md
+    gates_ptr,  # [P, N, T + 1, BLOCK_H, 4] out: tanh values r, z, n; derivative of n's by r's gate
+    states_ptr,  # [P, N, T + 1, BLOCK_H] out: 2h
+    peaks_ptr,  # [N, P, H] out: step of the maximum (POOLING "max")
+    scale,
+    B,  # pairs; sequences where not PAIRED
+    T,
+    R,
+    H,
+    zero,  # 0
+    BLOCK_H: tl.constexpr,  # 32, 64 or 128 >= H
+    BLOCK_N: tl.constexpr,  # sequences of a program, a multiple of 8
+    WARPS: tl.constexpr,
+    STREAM: tl.constexpr,  # weight read every step
+    PRECISION: tl.constexpr,  # these four: _tiling.Arithmetic
+    APPROXIMATE: tl.constexpr,
+    WIDEN: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+    DIRECTIONS: tl.constexpr,  # P, 1 or 2: axis 1 of the grid
+    POOLING: tl.constexpr,  # "last", "mask" or "max"
+    PAIRED: tl.constexpr,
+    HAS_IDS: tl.constexpr,
+    HAS_ORDER: tl.constexpr,
+    HAS_LEARNED_SCALE: tl.constexpr,
+    STORE_RECORDS: tl.constexpr,
+    STORE_OUTPUTS: tl.constexpr,
+):
+    BLOCKS: tl.constexpr = BLOCK_H // (8 * WARPS)
+    COLUMNS: tl.constexpr = BLOCK_N // 8
+    DTYPE: tl.constexpr = vectors_ptr.dtype.element_ty
+    DOT_DTYPE: tl.constexpr = tl.float32 if WIDEN else DTYPE
+    WORDS: tl.constexpr = 4 if DTYPE == tl.float32 else 2
+    ROW: tl.constexpr = DIRECTIONS * WORDS * BLOCK_H
+
+    direction, way = _direction(DIRECTIONS)
+    seq, other, live, length, steps = _sequences(
+        lengths_ptr, order_ptr, B, T, COLUMNS, PAIRED, HAS_ORDER
+    )
+    last = length - 1
+    # a finished sequence runs on over its last token, unseen: no load in the loop has a mask
+    final = tl.maximum(last, 0)
+    first_token = seq.to(tl.int64) * T + direction * final
+    token = first_token.to(tl.int32)
+    # records stand at the T + 1 gaps between tokens: a step's at the gap where it ends
+    gap = seq * (T + 1) + direction * length + way
+    # of the records before this direction's
+    rows = direction * (2 * B if PAIRED else B).to(tl.int64) * (T + 1)
+
+    # units of the cells, [blocks, 1, 1, warps, 8, 1]
+    block = tl.arange(0, BLOCKS)[:, None, None, None, None, None]
+    warp = tl.arange(0, WARPS)[None, None, None, :, None, None]
+    within = warp * 8 + tl.arange(0, 8)[None, None, None, None, :, None]
+    unit = block * (8 * WARPS) + within
+    # stores of one value a cell would get a layout of their own if units were seen to be adjacent
+    unit_apart = block * (8 * WARPS) + (within ^ zero)
+    table_ptr += direction * (WORDS * BLOCK_H)
+    weight_ptr += direction * (4 * BLOCK_H * BLOCK_H)
+    table_ptrs = table_ptr + (tl.expand_dims(unit, 6) * WORDS + tl.arange(0, WORDS))
+    gates_ptrs = gates_ptr + rows * (4 * BLOCK_H) + (tl.expand_dims(unit, 6) * 4 + tl.arange(0, 4))
+    states_ptrs = states_ptr + rows * BLOCK_H + unit_apart
+    outputs_ptrs = outputs_ptr + direction * H + unit_apart
+
+    h = tl.zeros((BLOCKS, COLUMNS, 2, WARPS, 8, 4), tl.float32)
+    v = h - 3.0 if POOLING == "max" else h
+    peak = tl.full(h.shape, -1, tl.int32)
+    # a step's gates are complete before it begins: h's product stands at the end of the step
+    # before, so that rows of the table have a step to arrive and ids have two
+    x = _load_rows(table_ptrs, _row_at(0, ids_ptr, first_token, way, final, R, HAS_IDS), ROW)
+    x_next = _load_rows(table_ptrs, _row_at(1, ids_ptr, first_token, way, final, R, HAS_IDS), ROW)
+    row = _row_at(2, ids_ptr, first_token, way, final, R, HAS_IDS)
+    a = _as_accumulator(_gate_pairs(x, DTYPE), BLOCK_H, BLOCK_N)
+    if not STREAM:
+        weight = _load_weight(weight_ptr, 4 * BLOCK_H, BLOCK_H, DTYPE, DOT_DTYPE, zero)
+        # of h = 0: a use ahead of the loop keeps the weight's change of layout ahead of it
+        a = tl.dot(weight, tl.zeros((BLOCK_H, BLOCK_N), DOT_DTYPE), a, input_precision=PRECISION)
+    for t in range(steps):
+        x_after = _load_rows(table_ptrs, row, ROW)
+        row = _row_at(t + 3, ids_ptr, first_token, way, final, R, HAS_IDS)
+
+        # y is half of what the reset gate multiplies
+        r, z, n, y = _as_gates(a, BLOCKS, COLUMNS, WARPS)
+        r = _tanh(r, APPROXIMATE)
+        z = _tanh(z, APPROXIMATE)
+        # with sigmoid(x) = (1 + tanh(x / 2)) / 2; h is twice the state
+        n = _tanh(r * y + (n + y), APPROXIMATE)
+        h = z * (0.5 * h - n) + (0.5 * h + n)
+        if POOLING == "mask":
+            inside = t <= last
+            m = tl.load(mask_ptr + (first_token + way * t), mask=inside, other=0.0)
+            v += _at_units(m.to(tl.float32)) * tl.where(_at_units(inside), h, 0.0)
+        elif POOLING == "max":
+            # so that a nan is the largest; the first of equal ones stays
+            higher = _at_units(t <= last) & ~(h <= v)
+            v = tl.where(higher, h, v)
+            if STORE_RECORDS:
+                peak = tl.where(higher, t, peak)
+        else:
+            v = tl.where(_at_units(t == last), h, v)
+
+        a = _as_accumulator(_gate_pairs(x_next, DTYPE), BLOCK_H, BLOCK_N)
+        x_next = x_after
+        h_rows = tl.reshape(tl.permute(h, (0, 3, 4, 1, 5, 2)), (BLOCK_H, BLOCK_N))
+        h_rows = h_rows.to(DTYPE).to(DOT_DTYPE)
+        if STREAM:
+            a = _product_streamed(
+                weight_ptr + t * zero,
+                h_rows,
+                a,
+                4 * BLOCK_H,
+                BLOCK_H,
+                DTYPE,
+                DOT_DTYPE,
+                PRECISION,
+            )
+        else:
+            a = tl.dot(weight, h_rows, a, input_precision=PRECISION)
+
+        if STORE_RECORDS:
+            inside = _at_units(t <= last)
+            # rows are addressed through 32 bits: one wide multiply-add an address
+            at = _at_units(gap).to(tl.int64)
+            values = tl.join(tl.join(r, n), tl.join(z, y - r * y * r))
+            values = tl.reshape(values, h.shape + (4,))
+            _store_cells(gates_ptrs + tl.expand_dims(at * (4 * BLOCK_H), 6), values, inside, 6)
+            _store_cells(states_ptrs + at * BLOCK_H, h, inside, 6)
+            gap += way
+        if STORE_OUTPUTS:
+            inside = _at_units(t <= last) & (unit_apart < H)
+            at = _at_units(token).to(tl.int64) * (DIRECTIONS * H)
+            _store_cells(outputs_ptrs + at, 0.5 * h, inside, 6)
+            token += way
+
+    if POOLING == "max":
+        v = tl.where(_at_units(length > 0), v, 0.0)
+    v = 0.5 * v
+    offs = (_at_units(seq).to(tl.int64) * DIRECTIONS + direction) * H + unit
+    inside = _at_units(live) & (unit < H)
+    tl.store(vectors_ptr + offs, v.to(DTYPE), mask=inside)
+    if POOLING == "max" and STORE_RECORDS:
+        tl.store(peaks_ptr + offs, peak, mask=inside)
+    if PAIRED:
+        left, right = tl.split(tl.permute(v, (0, 1, 3, 4, 5, 2)))
+        distance = tl.sum(tl.sum(tl.sum(tl.abs(left - right), 3), 2), 0)
+        # the left one of a pair's sequences has the pair's number
+        pair = tl.min(tl.minimum(seq, other), 1)
+        live = tl.max(live.to(tl.int32), 1) > 0
+        tl.store(distance_ptr + direction * B + pair, distance, mask=live)
+        if DIRECTIONS == 1:
+            if HAS_LEARNED_SCALE:
+                scale = tl.load(learned_scale_ptr).to(tl.float32)
+            tl.store(similarity_ptr + pair, tl.exp(-scale * distance), mask=live)
+
+
+def siamese_gru_fwd(
+    table: Tensor,
+    weight: Tensor,
+    ids: Tensor | None,
+    lengths: Tensor,
+    mask: Tensor | None,
+    learned_scale: Tensor | None,
+    scale: float,
+    H: int,
+    steps: int,
+    pooling: str,
+    paired: bool,
+    allow_tf32: bool,
+    dtype: torch.dtype,
+    store_records: bool,
+    store_outputs: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Run all sequences; see `fastsiam._ops.siamese_infer` and `siamese_fwd` for the tensors.
+
+    Returns:
+        Similarity and L1 of the pairs, [B] float32; vectors [N, P * H] and outputs [N, T, P * H] of
+        dtype; gates, cells and states for the backward; peaks [N, P * H] int32, the steps of the
+        maxima. What is not wanted is empty.
+    """
+    N, P = lengths.shape[0], table.shape[1]
+    B = N // 2 if paired else N
+    nothing = N == 0 or steps == 0
+    new = torch.zeros if nothing else torch.empty
+    vectors = new((N, P * H), device=table.device, dtype=dtype)
+    distance = new((P, B if paired else 0), device=vectors.device)
+    similarity = torch.exp(distance[0]) if nothing else torch.empty_like(distance[0])
+    # zero behind a sequence's end, where no step writes
+    outputs = vectors.new_zeros((N, steps, P * H) if store_outputs else 0)
+    shapes = _packing_gru.record_shapes(N, steps, H, P) if store_records else ((0,),) * 3
+    gates, cells = (vectors.new_empty(shape) for shape in shapes[:2])
+    # read whole by the weight's gradient, so what no step writes is zero
+    states = vectors.new_zeros(shapes[2])
+    wants_peaks = store_records and pooling == "max"
+    peaks = torch.empty_like(vectors if wants_peaks else vectors[:0, 0], dtype=torch.int32)
+    if nothing:
+        return similarity, distance[0], vectors, outputs, gates, cells, states, peaks
+    target = _tiling.target_of(vectors.device)
+    how = _tiling.arithmetic(dtype, allow_tf32, target)
+    tile = _tiling.forward_tile(H, dtype, how.PRECISION, target)
+    order = _tiling.pair_order(lengths, B, target)
+    _siamese_gru_fwd_kernel[(triton.cdiv(N, tile.sequences), P)](
+        table_ptr=table,
+        weight_ptr=weight,
+        ids_ptr=lengths if ids is None else ids,
+        lengths_ptr=lengths,
+        mask_ptr=lengths if mask is None else mask,
+        order_ptr=lengths if order is None else order,
+        learned_scale_ptr=similarity if learned_scale is None else learned_scale,
+        similarity_ptr=similarity,
+        distance_ptr=distance,
+        vectors_ptr=vectors,
+        outputs_ptr=outputs,
+        gates_ptr=gates,
+        states_ptr=states,
+        peaks_ptr=peaks,
+        scale=scale,
+        B=B,
+        T=steps,
+        R=table.shape[0],
+        H=H,
+        zero=0,
+        BLOCK_H=tile.block_h,
+        BLOCK_N=tile.sequences,
+        WARPS=tile.num_warps,
+        STREAM=tile.stream,
+        DIRECTIONS=P,
+        POOLING=pooling,
+        PAIRED=paired,
+        HAS_IDS=ids is not None,
+        HAS_ORDER=order is not None,
+        HAS_LEARNED_SCALE=learned_scale is not None,
+        STORE_RECORDS=store_records,
+        STORE_OUTPUTS=store_outputs,
+        num_warps=tile.num_warps,
+        **how._asdict(),
+    )
+    if P == 1:
+        return similarity, distance[0], vectors, outputs, gates, cells, states, peaks
+    # no program has both directions of a pair
+    total = distance.sum(dim=0)
+    similarity = torch.exp(-(scale if learned_scale is None else learned_scale) * total)
+    return similarity, total, vectors, outputs, gates, cells, states, peaks
