@@ -13,16 +13,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fastsiam import __version__
-from fastsiam.model import TextSiamese, UnavailableError
+from fastsiam import __version__, cli_bulk
+from fastsiam.cli_exit import EXIT_CODES, exit_codes
+from fastsiam.model import TextSiamese
 from fastsiam.sample import write_sample
-from fastsiam.text.datasets import DataError, read_pairs
+from fastsiam.text.datasets import read_pairs
 from fastsiam.training.config import PRESETS, Config
 from fastsiam.training.data import Inputs
 from fastsiam.training.evaluate import Metrics, evaluate
@@ -30,12 +30,6 @@ from fastsiam.training.loop import Result
 from fastsiam.training.recipe import run_recipe
 from fastsiam.training.report import EpochRecord, RunFolder
 
-WRONG_USE, BAD_DATA, ENVIRONMENT, INTERRUPTED = 2, 3, 4, 130
-EXIT_CODES = (
-    "Exit codes: 0 done; 2 wrong use (an option, a run folder that is not empty); 3 bad data (a "
-    "file that is missing, damaged or out of range); 4 environment (a package, device or backend "
-    "that this machine lacks, a disk that cannot be written); 130 interrupted; 143 terminated."
-)
 EXAMPLES = 6  # pairs that `demo` prints
 
 app = typer.Typer(
@@ -47,6 +41,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+app.add_typer(cli_bulk.app)
 
 
 def main() -> None:
@@ -269,7 +266,7 @@ def train_command(
     quiet: Annotated[bool, typer.Option("--quiet", help="Print the result alone.")] = False,
 ) -> None:
     """Train on scored sentence pairs; --columns and --score-range hold for every file."""
-    with _exit_codes():
+    with exit_codes():
         given = {
             "calibrate": calibrate,
             "epochs": epochs,
@@ -330,7 +327,7 @@ def evaluate_command(
     as_json: AsJson = False,
 ) -> None:
     """Compare a model's scores with those of a file; the error is on the scale 1 to 5."""
-    with _exit_codes():
+    with exit_codes():
         pairs = read_pairs(file, columns=_split_columns(columns), score_range=score_range)
         result = evaluate(TextSiamese.from_pretrained(folder), pairs)
         if as_json:
@@ -363,7 +360,7 @@ def similarity_command(
     as_json: AsJson = False,
 ) -> None:
     """Score two sentences, from 0 to 1 and on the scale of the model's training scores."""
-    with _exit_codes():
+    with exit_codes():
         model = TextSiamese.from_pretrained(folder)
         similarity = model.similarity(left, right)
         score, (low, high) = model.to_score(similarity), model.score_range
@@ -390,7 +387,7 @@ def demo_command(
     ] = None,
 ) -> None:
     """Make sentence pairs and word vectors, train on them, and show what came of it."""
-    with _exit_codes():
+    with exit_codes():
         with nullcontext(str(out)) if out else tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             RunFolder(folder)  # refuses one in use
@@ -540,29 +537,3 @@ def _split_columns(columns: str | None) -> tuple[str, str, str] | None:
     if len(names) != 3 or not all(names):
         raise ValueError(f"columns must be LEFT,RIGHT,SCORE, got {columns!r}")
     return names[0], names[1], names[2]
-
-
-@contextmanager
-def _exit_codes() -> Iterator[None]:
-    """Turn what the library raises into one line and an exit code."""
-    try:
-        yield
-        return
-    except KeyboardInterrupt:
-        code, message = INTERRUPTED, "interrupted"
-    except DataError as error:
-        code, message = BAD_DATA, str(error)
-    except OSError as error:
-        named = f"{error.filename}: " if error.filename else ""
-        code, message = ENVIRONMENT, f"{named}{error.strerror or error}"
-    except (ImportError, UnavailableError, torch.OutOfMemoryError) as error:
-        code, message = ENVIRONMENT, str(error)
-    except (ValueError, TypeError, NotImplementedError) as error:
-        code, message = WRONG_USE, str(error)
-    except (MemoryError, RuntimeError) as error:
-        # PyTorch has no class of its own for a CPU out of memory
-        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
-            raise
-        code, message = ENVIRONMENT, "out of memory; lower --batch-size or --hidden-size"
-    typer.echo(f"fastsiam: {' '.join(message.split())}", err=True)
-    raise typer.Exit(code)

@@ -75,6 +75,8 @@ def open_table(name: str, stream: BinaryIO, *, header: bool = True) -> Table:
         start += block
         if start.strip():
             break
+    if not start:
+        raise DataError(f"{name}: the file is empty")
     blocks = chain([start], blocks)
     if start.lstrip().startswith(("{", "[{")):  # an array is refused there, with its line
         return _json_table(name, blocks)

@@ -1,0 +1,53 @@
+"""How a command ends: what the library raises becomes one line and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import typer
+
+from fastsiam.model import UnavailableError
+from fastsiam.text.files import DataError
+
+WRONG_USE, BAD_DATA, ENVIRONMENT = 2, 3, 4
+INTERRUPTED, BROKEN_PIPE, TERMINATED = 130, 141, 143  # 128 and the signal's number
+EXIT_CODES = (
+    "Exit codes: 0 done; 2 wrong use (an option, a run folder that is not empty); 3 bad data (a "
+    "file that is missing, damaged or out of range); 4 environment (a package, device or backend "
+    "that this machine lacks, a disk that cannot be written); 130 interrupted; 141 nobody reads "
+    "the output; 143 terminated."
+)
+
+
+@contextmanager
+def exit_codes() -> Iterator[None]:
+    """Turn what the library raises into one line and an exit code."""
+    try:
+        yield
+        return
+    except KeyboardInterrupt:
+        code, message = INTERRUPTED, "interrupted"
+    except DataError as error:
+        code, message = BAD_DATA, str(error)
+    except BrokenPipeError:
+        # as `head` leaves it: not worth a word. Python flushes once more at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(BROKEN_PIPE) from None
+    except OSError as error:
+        named = f"{error.filename}: " if error.filename else ""
+        code, message = ENVIRONMENT, f"{named}{error.strerror or error}"
+    except (ImportError, UnavailableError, torch.OutOfMemoryError) as error:
+        code, message = ENVIRONMENT, str(error)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        code, message = WRONG_USE, str(error)
+    except (MemoryError, RuntimeError) as error:
+        # PyTorch has no class of its own for a CPU out of memory
+        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+            raise
+        code, message = ENVIRONMENT, "out of memory; lower --batch-size or --hidden-size"
+    typer.echo(f"fastsiam: {' '.join(message.split())}", err=True)
+    raise typer.Exit(code)

@@ -1,0 +1,169 @@
+"""Files of sentences as streams: blocks of rows in, bytes out."""
+
+from __future__ import annotations
+
+import os
+import sys
+import textwrap
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from operator import itemgetter
+from os import PathLike
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from fastsiam.text.datasets import KNOWN_HEADERS
+from fastsiam.text.files import DataError, short
+from fastsiam.text.tables import Table, find_columns, open_table, read_lines
+
+ROWS = 8192  # in a block
+
+Name = str | PathLike[str]  # of a file; "-" is the standard input or output
+
+
+class Block(NamedTuple):
+    """Rows that are worked on together: the line each begins on, and their text by column."""
+
+    lines: tuple[int, ...]
+    columns: list[list[str]]
+
+
+def read_sentences(name: str, stream: BinaryIO, column: str | None) -> Iterator[Block]:
+    """Yield the lines of a text, or one column of a table.
+
+    Args:
+        name: of the file, for messages.
+        stream: its bytes, UTF-8.
+        column: name of the table's column, or its number from "1" where the table has no header;
+            None: a text with a sentence a line, of which any may be empty.
+
+    Raises:
+        DataError: a line does not fit, or there is no such column.
+    """
+    if column is not None:
+        table = _open_table(name, stream, [column])
+        (found,) = _find(name, table, [column])
+        yield from _blocks(name, table, [found])
+        return
+    lines = read_lines(name, stream)
+    while some := list(islice(lines, ROWS)):
+        numbers, sentences = zip(*some, strict=True)
+        yield Block(numbers, [list(sentences)])
+
+
+def read_pairs(
+    name: str, stream: BinaryIO, columns: Sequence[str] | None
+) -> tuple[bool, Iterator[Block]]:
+    """Read two columns of a table.
+
+    Args:
+        name: of the file, for messages.
+        stream: its bytes, UTF-8.
+        columns: names of the two sentences, or their numbers from "1" where the table has no
+            header; not needed for the headers of SICK and STS.
+
+    Returns:
+        Whether a line of the file names the columns, and the rows, without blank lines.
+
+    Raises:
+        DataError: there are no such columns or, while the rows are read, a line does not fit.
+        ValueError: `columns` is not two names.
+    """
+    if columns is not None and (isinstance(columns, str) or len(columns) != 2):
+        raise ValueError(f"read_pairs: columns must be two names, got {columns!r}")
+    table = _open_table(name, stream, columns)
+    if columns is None:
+        for left, right, _ in KNOWN_HEADERS:
+            if None not in find_columns(table.header, (left, right)):
+                columns = (left, right)
+    if columns is None:
+        raise DataError(
+            f"{name}: the header is none of the known ones; name the two sentences (columns=, "
+            "--columns LEFT,RIGHT), by numbers such as 1,2 where there is no header; the columns "
+            f"are {_shown(table)}"
+        )
+    return table.titled, _blocks(name, table, _find(name, table, columns))
+
+
+@contextmanager
+def reading(source: Name) -> Iterator[BinaryIO]:
+    """Open a file to read, or the standard input for "-".
+
+    Raises:
+        DataError: it cannot be opened.
+    """
+    if str(source) == "-":
+        yield sys.stdin.buffer
+        return
+    try:
+        stream = Path(source).open("rb")  # noqa: SIM115
+    except OSError as error:
+        raise DataError(f"{source}: cannot be read: {error.strerror}") from error
+    with stream:
+        yield stream
+
+
+@contextmanager
+def writing(out: Name) -> Iterator[BinaryIO]:
+    """Open a file to be written whole or not at all; a pipe, a device or "-" is written at once.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    if str(out) == "-":
+        yield sys.stdout.buffer
+        sys.stdout.buffer.flush()
+        return
+    path = Path(os.path.realpath(out))  # a link stays one
+    if path.exists() and not path.is_file() and not path.is_dir():
+        with path.open("wb") as file:
+            yield file
+        return
+    beside = path.with_name(f".{path.name}.part")
+    try:
+        with beside.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except BaseException as error:  # a full disk, or Ctrl-C
+        beside.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, str(beside)):
+            error.filename = str(path)
+        raise
+
+
+def _open_table(name: str, stream: BinaryIO, columns: Sequence[str] | None) -> Table:
+    numbered = columns is not None and all(column.isdecimal() for column in columns)
+    return open_table(name, stream, header=not numbered)
+
+
+def _find(name: str, table: Table, columns: Sequence[str]) -> list[str]:
+    """Return the columns' names as the table has them."""
+    found = []
+    for wanted, column in zip(columns, find_columns(table.header, columns), strict=True):
+        if column is None:
+            raise DataError(f"{name}: no column {wanted!r}; the columns are {_shown(table)}")
+        if table.header.count(column) > 1:
+            raise DataError(f"{name}: the header names the column {column!r} more than once")
+        found.append(column)
+    return found
+
+
+def _shown(table: Table) -> str:
+    return textwrap.shorten(", ".join(table.header), 200, placeholder=" ...")
+
+
+def _blocks(name: str, table: Table, columns: Sequence[str]) -> Iterator[Block]:
+    while some := list(islice(table.rows, ROWS)):
+        numbers, fields = zip(*some, strict=True)
+        block = Block(numbers, [list(map(itemgetter(table.keys[c]), fields)) for c in columns])
+        for values in block.columns:
+            if set(map(type, values)) != {str}:  # JSON has other ones
+                row = next(i for i, value in enumerate(values) if not isinstance(value, str))
+                raise DataError(
+                    f"{name}, line {numbers[row]}: a sentence must be text, "
+                    f"got {short(values[row])}"
+                )
+        yield block
