@@ -30,19 +30,20 @@ class Errors:
 
 def gold(case: Case, batch: Batch) -> Result:
     """Compute a case in float64 without any padding: sentences of one length at a time."""
-    lstm, table = make_weights(case, batch.device)
-    lstm, table = lstm.double(), table.double()
+    rnn, table = make_weights(case, batch.device)
+    rnn, table = rnn.double(), table.double()
     ends: list[Tensor] = []
     rows: list[Tensor] = []
     for length in batch.host_lengths.unique().tolist():
         some = (batch.lengths == length).nonzero()[:, 0]
-        states, _ = lstm(table[batch.steps[:length, some]])
-        ends.append(states[-1])
+        states, last = rnn(table[batch.sentences.steps[:length, some]])
+        h = last[0] if isinstance(last, tuple) else last
+        ends.append(states.amax(dim=0) if case.pooling == "max" else torch.cat(tuple(h), dim=1))
         rows.append(some)
     vectors = torch.cat(ends)[torch.cat(rows).argsort()]
     u, v = vectors.chunk(2)
     similarity = torch.exp(-SCALE * (u - v).abs().sum(dim=1))
-    return finish(similarity, lstm, batch)
+    return finish(similarity, rnn, batch)
 
 
 def run(model: nn.Module, batch: Batch) -> Result:
@@ -51,9 +52,15 @@ def run(model: nn.Module, batch: Batch) -> Result:
 
 def finish(similarity: Tensor, model: nn.Module, batch: Batch) -> Result:
     loss = (similarity - batch.target.to(similarity.dtype)).square().mean()
-    weights = {n.rpartition(".")[2]: p for n, p in model.named_parameters() if p.requires_grad}
+    weights = {weight_name(n): p for n, p in model.named_parameters() if p.requires_grad}
     gradients = torch.autograd.grad(loss, list(weights.values()))
     return Result(similarity.detach(), dict(zip(weights, gradients, strict=True)))
+
+
+def weight_name(name: str) -> str:
+    """Return nn.LSTM's name of a contender's weight; `one_way` numbers the directions."""
+    place, _, weight = name.rpartition(".")
+    return weight + "_reverse" if place.endswith("networks.1") else weight
 
 
 def error(actual: Tensor, expected: Tensor) -> float:

@@ -1,8 +1,8 @@
 """The contenders: fastsiam, and nn.LSTM in every way a good engineer would call it.
 
-All of them do the same work from the same ids: look the words up, run the LSTM over both sides,
-take the state at each sentence's last word, score the pairs. A rival's `vectors` function returns
-those states, [2B, H].
+All of them do the same work from the same ids: look the words up, run the network over both sides,
+pool each sentence's states, score the pairs. A rival's `vectors` function returns the sentence
+vectors, [2B, H] for each direction.
 """
 
 import copy
@@ -14,48 +14,71 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.cases import SCALE, Batch, Case, make_weights
-from fastsiam import SiameseLSTM, functional
+from benchmarks.cases import SCALE, Batch, Case, Sentences, make_weights
+from fastsiam import SiameseGRU, SiameseLSTM, functional
+from fastsiam.graph import WARMUP, GraphedStep
 
-Vectors = Callable[[nn.LSTM, Tensor, Batch], Tensor]
-
-
-def padded(lstm: nn.LSTM, table: Tensor, batch: Batch) -> Tensor:
-    """Run both sides in one call over all T steps, then gather the last valid ones."""
-    states, _ = lstm(F.embedding(batch.steps, table))
-    return states[batch.last, batch.rows]
+Build = Callable[[Case, nn.RNNBase, Tensor], nn.Module]
+Vectors = Callable[[nn.ModuleList, Tensor, Batch], Tensor]
 
 
-def trimmed(lstm: nn.LSTM, table: Tensor, batch: Batch) -> Tensor:
+def one_way(rnn: nn.RNNBase) -> nn.ModuleList:
+    """Return a network of each direction, the second for sentences that are turned round.
+
+    On padded input nn.LSTM's own second direction would begin in the padding.
+    """
+    made = nn.ModuleList()
+    for suffix in ("", "_reverse")[: 2 if rnn.bidirectional else 1]:
+        weights = rnn.state_dict()
+        alone = type(rnn)(rnn.input_size, rnn.hidden_size)
+        alone.to(rnn.weight_hh_l0)
+        alone.load_state_dict({name: weights[name + suffix] for name in alone.state_dict()})
+        made.append(alone)
+    return made
+
+
+def pool(states: Tensor, last: Tensor, rows: Tensor, pooling: str) -> Tensor:
+    """Return the sentence vectors, [S, H], from the states of all steps, [T, S, H]."""
+    if pooling == "last":
+        return states[last, rows]
+    time = torch.arange(states.shape[0], device=last.device).unsqueeze(1)
+    return states.masked_fill((time > last).unsqueeze(2), -torch.inf).amax(dim=0)
+
+
+def encode(networks: nn.ModuleList, table: Tensor, some: Sentences, pooling: str) -> Tensor:
+    """Run over padded sentences, all steps of them."""
+    parts = []
+    for network, ids in zip(networks, (some.steps, some.turned), strict=False):
+        states, _ = network(F.embedding(ids, table))
+        parts.append(pool(states, some.last, some.rows, pooling))
+    return torch.cat(parts, dim=1)
+
+
+def padded(networks: nn.ModuleList, table: Tensor, batch: Batch) -> Tensor:
+    """Run both sides in one call over all T steps."""
+    return encode(networks, table, batch.sentences, batch.case.pooling)
+
+
+def trimmed(networks: nn.ModuleList, table: Tensor, batch: Batch) -> Tensor:
     """Do as `padded`, cut to the batch's longest sentence."""
-    states, _ = lstm(F.embedding(batch.steps[: batch.longest], table))
-    return states[batch.last, batch.rows]
+    return encode(networks, table, batch.trimmed, batch.case.pooling)
 
 
-def bucketed(lstm: nn.LSTM, table: Tensor, batch: Batch) -> Tensor:
+def bucketed(networks: nn.ModuleList, table: Tensor, batch: Batch) -> Tensor:
     """Do as `trimmed` for each quarter of the sentences by length."""
-    parts = [lstm(F.embedding(ids, table))[0][last, rows] for ids, last, rows in batch.buckets]
+    parts = [encode(networks, table, some, batch.case.pooling) for some in batch.buckets]
     return torch.cat(parts)[batch.by_length[2]]
 
 
-def packed(lstm: nn.LSTM, table: Tensor, batch: Batch) -> Tensor:
-    """Run both sides as one packed sequence, sorted beforehand."""
-    steps, lengths, back = batch.by_length
-    sequence = nn.utils.rnn.pack_padded_sequence(F.embedding(steps, table), lengths)
-    _, (h, _) = lstm(sequence)
-    return h[0, back]
-
-
-def two_calls(lstm: nn.LSTM, table: Tensor, batch: Batch) -> Tensor:
+def two_calls(networks: nn.ModuleList, table: Tensor, batch: Batch) -> Tensor:
     """Run each side over all T steps in a call of its own."""
-    sides = (batch.left_steps, batch.right_steps)
-    left, right = (lstm(F.embedding(steps, table))[0] for steps in sides)
-    return torch.cat((left, right), dim=1)[batch.last, batch.rows]
+    return torch.cat([encode(networks, table, half, batch.case.pooling) for half in batch.halves])
 
 
-def step_by_step(lstm: nn.LSTM, table: Tensor, batch: Batch) -> Tensor:
+def step_by_step(networks: nn.ModuleList, table: Tensor, batch: Batch) -> Tensor:
     """Project all words in one product, then one product and PyTorch's fused cell a step."""
-    gates = F.linear(F.embedding(batch.steps[: batch.longest], table), lstm.weight_ih_l0)
+    (lstm,), some = networks, batch.trimmed
+    gates = F.linear(F.embedding(some.steps, table), lstm.weight_ih_l0)
     h = c = gates.new_zeros(gates.shape[1], lstm.hidden_size)
     states = []
     for gate in gates:
@@ -63,46 +86,78 @@ def step_by_step(lstm: nn.LSTM, table: Tensor, batch: Batch) -> Tensor:
             gate, F.linear(h, lstm.weight_hh_l0), c, lstm.bias_ih_l0, lstm.bias_hh_l0
         )
         states.append(h)
-    return torch.stack(states)[batch.last, batch.rows]
+    return pool(torch.stack(states), some.last, some.rows, batch.case.pooling)
 
 
 class Rival(nn.Module):
-    """A siamese model around nn.LSTM."""
+    """A siamese model around nn.LSTM or nn.GRU."""
 
-    def __init__(self, lstm: nn.LSTM, table: Tensor, vectors: Vectors) -> None:
+    def __init__(self, rnn: nn.RNNBase, table: Tensor, vectors: Vectors) -> None:
         super().__init__()
-        self.lstm = copy.deepcopy(lstm)
+        self.networks = one_way(rnn)
         self.table = table
         self.vectors = vectors
 
     def forward(self, batch: Batch) -> Tensor:
-        u, v = self.vectors(self.lstm, self.table, batch).float().chunk(2)
-        return torch.exp(-SCALE * (u - v).abs().sum(dim=1))
+        return score(self.vectors(self.networks, self.table, batch))
 
 
 class Compiled(Rival):
     """`padded` with everything around nn.LSTM compiled; nn.LSTM itself stays a library call."""
 
-    def __init__(self, lstm: nn.LSTM, table: Tensor) -> None:
-        super().__init__(lstm, table, padded)
+    def __init__(self, rnn: nn.RNNBase, table: Tensor) -> None:
+        super().__init__(rnn, table, padded)
         self.compiled = torch.compile(super().forward)
 
     def forward(self, batch: Batch) -> Tensor:
         return self.compiled(batch)
 
 
-class Ours(nn.Module):
-    """SiameseLSTM as a user calls it."""
+class Packed(nn.Module):
+    """All sentences as one packed sequence, sorted beforehand."""
 
-    def __init__(self, lstm: nn.LSTM, table: Tensor, backend: str) -> None:
+    def __init__(self, rnn: nn.RNNBase, table: Tensor) -> None:
         super().__init__()
-        self.model = SiameseLSTM.from_lstm(lstm, embedding=table, scale=SCALE, backend=backend)
+        self.rnn = copy.deepcopy(rnn)
+        self.table = table
+
+    def forward(self, batch: Batch) -> Tensor:
+        steps, lengths, back = batch.by_length
+        sequence = nn.utils.rnn.pack_padded_sequence(F.embedding(steps, self.table), lengths)
+        states, last = self.rnn(sequence)
+        if batch.case.pooling == "last":
+            h = last[0] if isinstance(last, tuple) else last
+            return score(torch.cat(tuple(h), dim=1)[back])
+        padding, _ = nn.utils.rnn.pad_packed_sequence(states, padding_value=-torch.inf)
+        return score(padding.amax(dim=0)[back])
+
+
+def score(vectors: Tensor) -> Tensor:
+    u, v = vectors.float().chunk(2)
+    return torch.exp(-SCALE * (u - v).abs().sum(dim=1))
+
+
+class Ours(nn.Module):
+    """SiameseLSTM or SiameseGRU as a user calls it."""
+
+    def __init__(self, case: Case, rnn: nn.RNNBase, table: Tensor, backend: str = "auto") -> None:
+        super().__init__()
+        make = SiameseLSTM.from_lstm if case.cell == "lstm" else SiameseGRU.from_gru
+        options = {"embedding": table, "scale": SCALE, "pooling": case.pooling}
+        self.model = make(rnn, **options, backend=backend)
 
     def forward(self, batch: Batch) -> Tensor:
         return self.model(batch.left, batch.right, batch.left_lengths, batch.right_lengths)
 
-    def explain(self) -> str:
-        return self.model.explain()
+    def explain(self, batch: Batch, work: str) -> str:
+        on_host = batch.device.type == "cpu"
+        filled = batch.host_lengths.double().mean().item() / batch.longest
+        with torch.set_grad_enabled(work != "scoring"):
+            return self.model.explain(
+                pairs=batch.case.B,
+                steps=batch.longest if on_host else batch.case.T,
+                filled=filled if on_host else None,
+            )
 
 
 class OursCold(Ours):
@@ -110,12 +165,15 @@ class OursCold(Ours):
 
     def forward(self, batch: Batch) -> Tensor:
         model = self.model
+        suffixes = ("", "_reverse")[: 2 if model.bidirectional else 1]
+        fields = functional.Weights._fields
         return functional.siamese_similarity(
             batch.left,
             batch.right,
-            functional.Weights(
-                model.weight_ih_l0, model.weight_hh_l0, model.bias_ih_l0, model.bias_hh_l0
-            ),
+            [functional.Weights(*(getattr(model, f"{n}_l0{s}") for n in fields)) for s in suffixes],
+            cell=model.cell,
+            bidirectional=model.bidirectional,
+            pooling=model.pooling,
             embedding=model.embedding.weight,
             left_lengths=batch.left_lengths,
             right_lengths=batch.right_lengths,
@@ -123,12 +181,25 @@ class OursCold(Ours):
         )
 
 
+class OursGraphed(Ours):
+    """The whole training step as the one call that the library offers."""
+
+    def whole_step(
+        self, batch: Batch, optimizer: torch.optim.Optimizer, clip: float
+    ) -> Callable[[], object]:
+        step = GraphedStep(self.model, optimizer, batch.case.B, batch.case.T, clip=clip)
+        inputs = (batch.left, batch.right, batch.left_lengths, batch.right_lengths, batch.target)
+        for _ in range(WARMUP + 1):
+            step(*inputs)
+        return lambda: step(*inputs)
+
+
 @dataclass(frozen=True)
 class Contender:
     """A way to do the work, and where it cannot or need not run."""
 
     name: str
-    build: Callable[[nn.LSTM, Tensor], nn.Module]
+    build: Build
     ours: bool = False
     only_on: str | None = None  # a device type
     only_in: str | None = None  # a setting
@@ -147,6 +218,8 @@ class Contender:
             return f"{self.name} in a CUDA graph: {self.not_in_graph}"
         if self.name == "fastsiam triton" and case.H > 128:
             return "fastsiam triton covers H up to 128"
+        if self.name == "step by step" and (case.cell == "gru" or case.bidirectional):
+            return "step by step is written for an LSTM in one direction"
         if self.name == "compiled" and device == "cpu":
             return (
                 "compiled: on a CPU nn.LSTM is nearly all of the time, and compiling leaves it be"
@@ -156,35 +229,41 @@ class Contender:
         return None
 
 
-def rival(vectors: Vectors) -> Callable[[nn.LSTM, Tensor], nn.Module]:
-    return lambda lstm, table: Rival(lstm, table, vectors)
+def rival(vectors: Vectors) -> Build:
+    return lambda _, rnn, table: Rival(rnn, table, vectors)
 
 
-def ours(backend: str) -> Callable[[nn.LSTM, Tensor], nn.Module]:
-    return lambda lstm, table: Ours(lstm, table, backend)
+def ours(backend: str) -> Build:
+    return lambda case, rnn, table: Ours(case, rnn, table, backend)
 
 
 MAIN_RIVAL = "padded"
 CONTENDERS = [
     Contender("fastsiam", ours("auto"), ours=True),
-    Contender("fastsiam torch", ours("torch"), ours=True),
-    Contender("fastsiam triton", ours("triton"), ours=True, only_on="cuda"),
     Contender(
-        "fastsiam cold",
-        lambda lstm, table: OursCold(lstm, table, "auto"),
-        ours=True,
-        only_for="scoring",
+        "fastsiam torch", ours("torch"), ours=True, not_in_graph="it reads lengths on the host"
+    ),
+    Contender("fastsiam triton", ours("triton"), ours=True, only_on="cuda"),
+    Contender("fastsiam cold", OursCold, ours=True, only_for="scoring"),
+    Contender(
+        "fastsiam graphed", OursGraphed, ours=True, only_on="cuda", only_in="eager", only_for="step"
     ),
     Contender("padded", rival(padded)),
     Contender("trimmed", rival(trimmed)),
     Contender("bucketed", rival(bucketed)),
-    Contender("packed", rival(packed), not_in_graph="packing works on the host"),
+    Contender(
+        "packed", lambda _, rnn, table: Packed(rnn, table), not_in_graph="packing works on the host"
+    ),
     Contender("two calls", rival(two_calls)),
-    Contender("compiled", Compiled, not_in_graph="torch.compile may recompile in a capture"),
+    Contender(
+        "compiled",
+        lambda _, rnn, table: Compiled(rnn, table),
+        not_in_graph="torch.compile may recompile in a capture",
+    ),
     Contender("step by step", rival(step_by_step), only_on="cuda", only_in="graph"),
 ]
 
 
 def build(contender: Contender, case: Case, device: torch.device) -> nn.Module:
     """Make a contender with the case's weights, the same for all of them."""
-    return contender.build(*make_weights(case, device))
+    return contender.build(case, *make_weights(case, device))

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,9 @@ class Case:
     lengths: str  # "full", "sick" or "outlier"
     V: int = 2400
     dtype: str = "float32"  # or "tf32" (CUDA), "bfloat16", "float16"
+    cell: str = "lstm"  # or "gru"
+    bidirectional: bool = False
+    pooling: str = "last"  # or "max"
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -47,16 +51,27 @@ def make_lengths(case: Case, generator: torch.Generator) -> Tensor:
     return lengths
 
 
+class Sentences(NamedTuple):
+    """Some of a batch's sentences as a network without batch_first takes them."""
+
+    steps: Tensor  # [T, S] ids
+    turned: Tensor  # [T, S] ids, each sentence from its last word to its first
+    last: Tensor  # [S] number of the last step
+    rows: Tensor  # [S] 0, 1, 2, ...
+
+
 class Batch:
     """A batch of pairs as a loader hands it over, left sentences first, then right ones.
 
     What a loader can work out beforehand on the host is worked out once and is not timed: the
     longest length, an order by length, buckets, and ids step by step as nn.LSTM works on them
-    without batch_first. All of these are gifts to the rivals; fastsiam has no use for them.
+    without batch_first, in both directions. All of these are gifts to the rivals; fastsiam has no
+    use for them.
     """
 
     def __init__(self, case: Case, device: torch.device, seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)
+        self.case = case
         self.device = device
         self.host_lengths = make_lengths(case, generator)
         ids = torch.randint(case.V, (2 * case.B, case.T), generator=generator).to(device)
@@ -66,40 +81,69 @@ class Batch:
         self.left, self.right = ids.chunk(2)
         self.left_lengths, self.right_lengths = self.lengths.chunk(2)
         # as the rivals do
-        self.steps = ids.t().contiguous()  # [T, 2B]
-        self.left_steps, self.right_steps = (half.contiguous() for half in self.steps.chunk(2, 1))
-        self.rows = torch.arange(2 * case.B, device=device)
-        self.last = self.lengths - 1
+        time = torch.arange(case.T, device=device)
+        ends = self.lengths.unsqueeze(1)
+        turned = ids.gather(1, torch.where(time < ends, ends - 1 - time, time))
+        rows = torch.arange(2 * case.B, device=device)
+        # [T, 2B], a step's ids side by side
+        steps, turned = (side.t().contiguous() for side in (ids, turned))
+        self.sentences = Sentences(steps, turned, self.lengths - 1, rows)
         self.longest = int(self.host_lengths.max())
+
+    @cached_property
+    def trimmed(self) -> Sentences:
+        """All sentences, cut to the longest."""
+        return cut(self.sentences, slice(None), self.longest)
+
+    @cached_property
+    def halves(self) -> list[Sentences]:
+        """The left sentences and the right ones."""
+        B = self.case.B
+        return [cut(self.sentences, half, self.case.T) for half in (slice(B), slice(B, None))]
 
     @cached_property
     def by_length(self) -> tuple[Tensor, Tensor, Tensor]:
         """Ids [longest, 2B] sorted by length, longest first; host lengths; the way back."""
-        lengths, order = self.host_lengths.sort(descending=True, stable=True)
-        steps = self.steps[: self.longest, order.to(self.device)].contiguous()
-        return steps, lengths, order.argsort().to(self.device)
+        # whoever comes first: a tensor made in inference mode cannot take part in a backward
+        with torch.inference_mode(False):
+            lengths, order = self.host_lengths.sort(descending=True, stable=True)
+            steps = self.sentences.steps[: self.longest, order.to(self.device)].contiguous()
+            return steps, lengths, order.argsort().to(self.device)
 
     @cached_property
-    def buckets(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """The sentences by length in equal parts, each trimmed: ids, last steps, row numbers."""
-        steps, lengths, _ = self.by_length
-        parts = []
-        for some_steps, some in zip(steps.chunk(BUCKETS, 1), lengths.chunk(BUCKETS), strict=True):
-            rows = torch.arange(len(some), device=self.device)
-            trimmed = some_steps[: int(some[0])].contiguous()
-            parts.append((trimmed, (some - 1).to(self.device), rows))
-        return parts
+    def buckets(self) -> list[Sentences]:
+        """The sentences by length in equal parts, each cut to its longest."""
+        with torch.inference_mode(False):
+            lengths, order = self.host_lengths.sort(descending=True, stable=True)
+            parts = zip(order.chunk(BUCKETS), lengths.chunk(BUCKETS), strict=True)
+            return [cut(self.sentences, o.to(self.device), int(some[0])) for o, some in parts]
 
 
-def make_weights(case: Case, device: torch.device, seed: int = 0) -> tuple[nn.LSTM, Tensor]:
-    """Return an nn.LSTM with its own initial weights, and the word vectors [V, D]."""
+def cut(sentences: Sentences, which: Tensor | slice, steps: int) -> Sentences:
+    """Return some sentences, the first steps of them."""
+    with torch.inference_mode(False):
+        last = sentences.last[which]
+        return Sentences(
+            sentences.steps[:steps, which].contiguous(),
+            sentences.turned[:steps, which].contiguous(),
+            last,
+            torch.arange(len(last), device=last.device),
+        )
+
+
+def make_weights(case: Case, device: torch.device, seed: int = 0) -> tuple[nn.RNNBase, Tensor]:
+    """Return an nn.LSTM or nn.GRU with its own initial weights, and the word vectors [V, D]."""
+    kind = {"lstm": nn.LSTM, "gru": nn.GRU}[case.cell]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        lstm = nn.LSTM(case.D, case.H)
+        rnn = kind(case.D, case.H, bidirectional=case.bidirectional)
         table = torch.randn(case.V, case.D)
     options = {"device": device, "dtype": case.torch_dtype}
-    return lstm.to(**options), table.to(**options)
+    return rnn.to(**options), table.to(**options)
 
+
+# what the recipe "best" trains, but for its size
+BOTH_WAYS = {"H": 75, "D": 300, "B": 64, "T": 73, "bidirectional": True, "pooling": "max"}
 
 CPU_CASES = [
     Case("32 pairs", H=50, D=300, B=32, T=73, lengths="full"),
@@ -107,6 +151,8 @@ CPU_CASES = [
     Case("32 pairs", H=50, D=300, B=32, T=73, lengths="outlier"),
     Case("256 pairs", H=50, D=300, B=256, T=73, lengths="sick"),
     Case("2048 pairs", H=50, D=300, B=2048, T=73, lengths="sick"),
+    Case("both ways, max", lengths="sick", **BOTH_WAYS),
+    Case("GRU", H=50, D=300, B=256, T=73, lengths="sick", cell="gru"),
 ]
 
 HEADLINE = [
@@ -115,6 +161,8 @@ HEADLINE = [
     ("B'", {"H": 128, "D": 300, "B": 16384, "T": 32}),
     ("C", {"H": 512, "D": 512, "B": 256, "T": 128, "V": 10000}),
     ("D", {"H": 1024, "D": 1024, "B": 256, "T": 128, "V": 10000}),
+    ("both ways, max", BOTH_WAYS),
+    ("GRU", {"H": 50, "D": 300, "B": 32, "T": 73, "cell": "gru"}),
 ]
 GPU_CASES = [
     Case(name, lengths=lengths, dtype=dtype, **sizes)

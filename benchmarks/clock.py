@@ -2,6 +2,7 @@
 
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,7 +12,10 @@ from torch import nn
 from benchmarks.cases import Batch
 
 PASSES = ("scoring", "gradients", "step")
-CALLS_A_GRAPH = 20  # so that launching the graph does not count
+CLIP = 5.0
+# calls in a graph, so that launching it does not count; fewer of long ones
+CALLS_A_GRAPH = 20
+LONG_GRAPH_S = 4e-3
 MIB = 2**20
 
 Work = Callable[[], object]
@@ -43,10 +47,10 @@ class Times:
         q1, median, q3 = statistics.quantiles(self.samples_s, n=4, method="inclusive")
         return {"q1_s": q1, "median_s": median, "q3_s": q3}
 
-    def of_graph(self) -> "Times":
+    def of_graph(self, calls: int) -> "Times":
         """Turn times of a graph into times of a call; a replay allocates nothing to speak of."""
-        samples_s = [sample / CALLS_A_GRAPH for sample in self.samples_s]
-        return Times(samples_s, self.iterations * CALLS_A_GRAPH, peak_mib=None)
+        samples_s = [sample / calls for sample in self.samples_s]
+        return Times(samples_s, self.iterations * calls, peak_mib=None)
 
 
 def now(device: torch.device) -> float:
@@ -55,12 +59,20 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def work_of(model: nn.Module, batch: Batch, what: str) -> Work:
-    """Return the work to time: scoring, loss and gradients, or a whole training step."""
+def work_of(model: nn.Module, batch: Batch, what: str, capturable: bool = False) -> Work:
+    """Return the work to time: scoring, loss and gradients, or a whole training step.
+
+    `capturable` says whether a CUDA graph will hold it. A model with a `whole_step` makes its own
+    training step.
+    """
     if what == "scoring":
         return torch.inference_mode()(lambda: model(batch))
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(parameters, lr=1e-3, capturable=batch.device.type == "cuda")
+    whole = what == "step" and hasattr(model, "whole_step")
+    capturable = capturable or (whole and batch.device.type == "cuda")
+    optimizer = torch.optim.Adam(parameters, lr=1e-3, capturable=capturable)
+    if whole:
+        return model.whole_step(batch, optimizer, CLIP)
 
     def gradients() -> None:
         optimizer.zero_grad(set_to_none=True)
@@ -68,25 +80,30 @@ def work_of(model: nn.Module, batch: Batch, what: str) -> Work:
 
     def step() -> None:
         gradients()
-        nn.utils.clip_grad_norm_(parameters, 5.0)
+        nn.utils.clip_grad_norm_(parameters, CLIP)
         optimizer.step()
 
     return gradients if what == "gradients" else step
 
 
-def in_graph(work: Work) -> Work:
-    """Capture the work CALLS_A_GRAPH times in one CUDA graph and return its replay."""
+def in_graph(work: Work) -> tuple[Work, int]:
+    """Capture the work several times in one CUDA graph; return its replay, and how many times."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+    with torch.cuda.stream(stream), warnings.catch_warnings():
+        # an optimizer for graphs warns where it steps without one
+        warnings.filterwarnings("ignore", ".*capturable=True", UserWarning)
         for _ in range(3):
+            start = now(torch.device("cuda"))
             work()
+            call_s = now(torch.device("cuda")) - start
     torch.cuda.current_stream().wait_stream(stream)
+    calls = max(1, min(CALLS_A_GRAPH, round(LONG_GRAPH_S / call_s)))
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(CALLS_A_GRAPH):
+    with torch.cuda.graph(graph, stream=stream):
+        for _ in range(calls):
             work()
-    return graph.replay
+    return graph.replay, calls
 
 
 def measure(works: dict[str, Work], device: torch.device, effort: Effort) -> dict[str, Times]:

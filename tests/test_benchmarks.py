@@ -15,12 +15,17 @@ import torch
 from benchmarks import accuracy, clock, report, results
 from benchmarks.baselines import CONTENDERS, MAIN_RIVAL, build
 from benchmarks.cases import CPU_CASES, GPU_CASES, Batch, Case, sick_lengths
+from fastsiam.graph import WARMUP
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 CASES = [
     Case("odd", H=5, D=7, B=3, T=6, lengths=lengths, V=11) for lengths in ("full", "outlier")
-] + [Case("one", H=3, D=2, B=4, T=1, lengths="sick", V=2)]
+] + [
+    Case("one", H=3, D=2, B=4, T=1, lengths="sick", V=2),
+    Case("both", H=3, D=5, B=9, T=7, lengths="sick", V=4, bidirectional=True, pooling="max"),
+    Case("gru", H=3, D=5, B=5, T=7, lengths="outlier", V=4, cell="gru"),
+]
 HERE = [c for c in CONTENDERS if c.why_not(CASES[0], "cpu", "1 thread", "scoring") is None]
 
 
@@ -29,7 +34,7 @@ HERE = [c for c in CONTENDERS if c.why_not(CASES[0], "cpu", "1 thread", "scoring
 def test_every_contender_passes_its_check(contender, case):
     batch = Batch(case, CPU)
     truth = accuracy.gold(case, batch)
-    assert len(truth.gradients) == 4
+    assert len(truth.gradients) == (8 if case.bidirectional else 4)
     rivals = {c.name: build(c, case, CPU) for c in (contender, *HERE) if c.name == MAIN_RIVAL}
     limits = accuracy.errors(rivals[MAIN_RIVAL], batch, truth)
     found = accuracy.errors(build(contender, case, CPU), batch, truth)
@@ -46,19 +51,43 @@ def test_the_check_can_fail(what):
     limits = accuracy.errors(model, batch, truth)
     wrong = copy.copy(batch)
     if what == "lengths":
-        wrong.last = batch.last.clone()
-        wrong.last[2] -= 1
+        last = batch.sentences.last.clone()
+        last[2] -= 1
+        wrong.sentences = batch.sentences._replace(last=last)
     elif what == "weights":
         with torch.no_grad():
-            model.lstm.weight_hh_l0[0, 0] += 1e-3
+            model.networks[0].weight_hh_l0[0, 0] += 1e-3
     elif what == "gradient":
-        model.lstm.weight_hh_l0.register_hook(lambda grad: grad * 1.001)
+        model.networks[0].weight_hh_l0.register_hook(lambda grad: grad * 1.001)
     else:
         with torch.no_grad():
-            model.lstm.bias_hh_l0[0] = torch.nan
+            model.networks[0].bias_hh_l0[0] = torch.nan
     fault = accuracy.fault(accuracy.errors(model, wrong, truth), limits, torch.float32)
     assert fault is not None
     assert ("gradient" in fault) == (what == "gradient")
+
+
+@pytest.mark.parametrize("contender", HERE, ids=lambda c: c.name)
+def test_scoring_may_come_before_training(contender):
+    """What a batch works out once serves both, whoever asks first."""
+    batch = Batch(CASES[1], CPU)
+    model = build(contender, CASES[1], CPU)
+    clock.work_of(model, batch, "scoring")()
+    clock.work_of(model, batch, "step")()
+
+
+def test_the_graphed_step_is_the_step_of_the_others():
+    case = CASES[1]
+    batch = Batch(case, CPU)
+    contenders = {c.name: c for c in CONTENDERS}
+    graphed, plain = (build(contenders[n], case, CPU) for n in ("fastsiam graphed", "fastsiam"))
+    work = clock.work_of(graphed, batch, "step")  # which has run to warm up
+    work()
+    step = clock.work_of(plain, batch, "step")
+    for _ in range(WARMUP + 2):
+        step()
+    for ours, theirs in zip(graphed.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_lengths_are_as_stated():
@@ -86,7 +115,8 @@ def test_a_time_is_of_one_call():
     (times,) = clock.measure({"sleep": lambda: time.sleep(0.005)}, CPU, effort).values()
     assert times.iterations > 1
     assert all(0.005 <= sample < 0.02 for sample in times.samples_s)
-    assert times.of_graph().samples_s == [s / clock.CALLS_A_GRAPH for s in times.samples_s]
+    assert times.of_graph(4).samples_s == [s / 4 for s in times.samples_s]
+    assert times.of_graph(4).iterations == 4 * times.iterations
 
 
 @pytest.fixture(scope="module")
