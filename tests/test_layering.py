@@ -28,6 +28,7 @@ ORDER = [
     ("_checks",),
     ("functional",),
     ("modules",),
+    ("foreign",),
     ("graph",),
     ("text.files",),
     ("text.legacy", "text.tables"),
