@@ -23,6 +23,7 @@ from fastsiam.cli_exit import EXIT_CODES, exit_codes
 from fastsiam.model import TextSiamese
 from fastsiam.sample import write_sample
 from fastsiam.text.datasets import read_pairs
+from fastsiam.training.checkpoint import DamagedWarning
 from fastsiam.training.config import PRESETS, Config
 from fastsiam.training.data import Inputs
 from fastsiam.training.evaluate import Metrics, evaluate
@@ -500,6 +501,7 @@ def _train(config: Config, quiet: bool) -> Result:
 def _plain_warnings() -> Iterator[None]:
     """Show a warning as one line of ours, without the place in the code."""
     with warnings.catch_warnings():
+        warnings.simplefilter("always", DamagedWarning)
         warnings.showwarning = lambda message, *_: typer.echo(f"fastsiam: {message}", err=True)
         yield
 

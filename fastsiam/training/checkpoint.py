@@ -27,13 +27,17 @@ FORMAT = "1"
 NAME = re.compile(r"step-(\d+)\.safetensors")
 
 
+class DamagedWarning(UserWarning):
+    """A checkpoint is damaged, and the one before it was read."""
+
+
 class Checkpoint:
     """The checkpoints of a run, in a folder of their own.
 
     Args:
         folder: made when the first one is saved.
         every: steps between checkpoints within an epoch; 0: only where an epoch ends.
-        recipe: JSON-able settings that a continued run must share, by name.
+        recipe: JSON-able settings that a continued run must share, by name; None: not compared.
 
     Raises:
         ValueError: `every` is negative.
@@ -51,7 +55,7 @@ class Checkpoint:
         self.folder = Path(folder)
         self.every = every
         # as JSON gives it back, so that the two compare
-        self.recipe: dict[str, Any] = json.loads(json.dumps(dict(recipe or {})))
+        self.recipe = None if recipe is None else json.loads(json.dumps(dict(recipe)))
 
     def save(self, step: int, state: Mapping[str, Any]) -> Path:
         """Write the state after so many steps; only the newest two files stay.
@@ -81,8 +85,8 @@ class Checkpoint:
     def load(self) -> dict[str, Any] | None:
         """Return the newest state that is whole; None where nothing was saved yet.
 
-        A damaged file is named in a warning and set aside as `*.damaged`, and the one before it is
-        read.
+        A damaged file is named in a `DamagedWarning` and set aside as `*.damaged`, and the one
+        before it is read.
 
         Raises:
             DataError: there are files, and none of them is whole.
@@ -95,7 +99,8 @@ class Checkpoint:
             except DataError as error:
                 if index == len(files) - 1:
                     raise DataError(f"{error}; no other checkpoint is left, start anew") from None
-                warnings.warn(f"{error}; going on from {files[index + 1].name}", stacklevel=2)
+                message = f"{error}; going on from {files[index + 1].name}"
+                warnings.warn(message, DamagedWarning, stacklevel=2)
                 # else the next save would count it among the newest
                 path.rename(path.with_name(path.name + ".damaged"))
                 continue
@@ -109,7 +114,9 @@ class Checkpoint:
         found = [path for path in self.folder.glob("step-*") if NAME.fullmatch(path.name)]
         return sorted(found, key=lambda path: int(path.name[5:-12]), reverse=True)
 
-    def _check_recipe(self, saved: dict[str, Any]) -> None:
+    def _check_recipe(self, saved: dict[str, Any] | None) -> None:
+        if self.recipe is None or saved is None:
+            return
         for name in [*self.recipe, *(saved.keys() - self.recipe.keys())]:
             was, now = saved.get(name), self.recipe.get(name)
             if was != now:

@@ -1,0 +1,57 @@
+import os
+import signal
+import threading
+import time
+
+import pytest
+from test_cli import one_line, run, train_args
+from tiny import write_files
+
+from fastsiam.training.checkpoint import Checkpoint
+
+
+@pytest.fixture(autouse=True)
+def handler():
+    """Keeps a signal that comes too late from ending pytest."""
+
+    def ignore(_number, _frame):
+        pass
+
+    before = signal.signal(signal.SIGTERM, ignore)
+    yield ignore
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture
+def files(tmp_path):
+    return write_files(tmp_path / "data")
+
+
+def test_sigterm_ends_with_143_and_resume_goes_on(files, tmp_path, handler):
+    out = tmp_path / "run"
+
+    def terminate():
+        while not (out / "checkpoints").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    args = train_args(files, out, epochs=100_000)
+    thread = threading.Thread(target=terminate)
+    thread.start()
+    result = run(*args, "--resume")
+    thread.join()
+    line = one_line(result, 143)
+    assert line.startswith("fastsiam: terminated; the model of epoch")
+    assert signal.getsignal(signal.SIGTERM) is handler
+    assert "resume: epochs must be" in one_line(run(*train_args(files, out), "--resume"), 2)
+    newest, before = Checkpoint(out / "checkpoints").files()
+    newest.write_bytes(b"")
+    thread = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM))
+    thread.start()
+    result = run(*args, "--resume")
+    assert result.exit_code == 143
+    warning, last = result.stderr.splitlines()
+    assert warning.startswith(f"fastsiam: {newest}: ")
+    assert warning.endswith(f"going on from {before.name}")
+    assert "terminated" in last
+    assert "resumed: " in result.stdout
