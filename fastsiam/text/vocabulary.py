@@ -93,18 +93,24 @@ class Vocabulary:
 
         if len(self._parts) > REMEMBERED:
             self._parts = _PartIds(self)
-        rows, truncated = [], 0
+        parts: list[str] = []
+        ends = []  # of each sentence among all parts
         for sentence in sentences:
-            row = list(chain.from_iterable(map(self._parts.__getitem__, split_parts(sentence))))
-            if len(row) > max_len:
-                truncated += 1
-                del row[max_len:]
-            rows.append(row)
+            parts += split_parts(sentence)
+            ends.append(len(parts))
+        by_part = list(map(self._parts.__getitem__, parts))
         # from a list, numpy makes an array five times as fast as torch
-        lengths = torch.from_numpy(np.fromiter(map(len, rows), np.int64, len(rows)))
-        flat = torch.from_numpy(np.array(list(chain.from_iterable(rows)), np.int64))
+        flat = torch.from_numpy(np.array(list(chain.from_iterable(by_part)), np.int64))
+        sizes = np.fromiter(map(len, by_part), np.int64, len(parts))
+        tokens = np.concatenate([[0], sizes.cumsum()])
+        lengths = torch.from_numpy(np.diff(tokens[ends], prepend=0))
+        truncated = int((lengths > max_len).sum())
+        if truncated:
+            starts = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
+            flat = flat[torch.arange(len(flat)) - starts < max_len]
+            lengths.clamp_(max=max_len)
         unknown = self._parts.count_unknown(flat)
-        ids = torch.zeros(len(rows), max(map(len, rows), default=0), dtype=torch.int64)
+        ids = torch.zeros(len(lengths), max(lengths.tolist(), default=0), dtype=torch.int64)
         ids[torch.arange(ids.shape[1]) < lengths[:, None]] = flat.clamp_(min=0)
         return Encoded(ids, lengths, truncated, unknown)
 
