@@ -7,7 +7,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # what `make gpu` runs: a machine's own python with torch, triton and pytest, and nothing installed by us
 GPU_PYTHON ?= python3
 # these need the text libraries or an environment of their own
-NOT_ON_GPU := $(wildcard tests/test_text_*.py) $(addprefix tests/test_,cli.py demo.py model.py packaging.py readme.py sample.py sick.py training.py)
+NOT_ON_GPU := $(wildcard tests/test_text_*.py) $(addprefix tests/test_,article.py calibration.py cli.py demo.py model.py packaging.py readme.py recipes.py sample.py sick.py training.py)
 GPU_TESTS = $(filter-out $(NOT_ON_GPU),$(wildcard tests/test_*.py))
 
 BENCH := benchmarks --benchmark-only --save-results --benchmark-columns=median,iqr,rounds
