@@ -87,6 +87,7 @@ def test_siamese(benchmark, rows, request, case, setting, work, contender):
 
     row = dataclasses.asdict(case)
     row |= {"case": row.pop("name"), "setting": setting, "pass": work, "contender": contender.name}
+    row |= {"longest": batch.longest, "tokens": int(batch.host_lengths.sum())}
     row |= {"ours": contender.ours, "rounds": len(times.samples_s), "calls": times.iterations}
     row |= {"peak_mib": times.peak_mib, **times.quartiles()}
     row |= {f"{k}_error": v for k, v in dataclasses.asdict(errors[contender.name]).items()}

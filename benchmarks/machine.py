@@ -39,6 +39,16 @@ def git(*arguments: str) -> str | None:
     return done.stdout.strip()
 
 
+def highest_clock_mhz() -> int | None:
+    """Return the highest clock of the first GPU's multiprocessors, as nvidia-smi knows it."""
+    query = ["nvidia-smi", "--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits", "--id=0"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return int(done.stdout) if done.stdout.strip().isdigit() else None
+
+
 def facts() -> dict[str, str | int | bool | None]:
     """Return the machine's facts; the results themselves do not make a checkout dirty."""
     status = git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!README.md")
@@ -58,6 +68,7 @@ def facts() -> dict[str, str | int | bool | None]:
             "multiprocessors": gpu.multi_processor_count,
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
+            "clock_mhz": highest_clock_mhz(),
         }
     return found
 

@@ -1,7 +1,7 @@
 """Render benchmarks/results/*.json: `python -m benchmarks.report [--check]`.
 
 Writes the README's tables between two markers and, beside each results file, a page with every row
-and two plots. With --check it writes nothing and fails where one of them is out of step.
+and its plots. With --check it writes nothing and fails where one of them is out of step.
 """
 
 import argparse
@@ -22,6 +22,19 @@ NOTHING = (
 )
 SHOWN = ("scoring", "step")  # in the README; the page has all passes
 OURS = "fastsiam"
+
+# the floor of a step on an NVIDIA GPU: clocks that pass from one step's h to the next one's beside
+# the special functions, special functions a cell, and those of a multiprocessor a clock
+EXCHANGE_CLOCKS = 140
+SPECIAL_A_CELL, SPECIAL_A_CLOCK = 5, 16
+SEQUENCES = 8  # of a program
+FLOOR = (
+    "The floor of scoring is an estimate: the longest sentence's steps times "
+    f"({EXCHANGE_CLOCKS} + {SPECIAL_A_CELL} x {SEQUENCES} x H / {SPECIAL_A_CLOCK}) clocks (the "
+    "exchange of h with the products behind it, then the special functions of 8 sequences), or all "
+    f"tokens' special functions, {SPECIAL_A_CELL} x H / {SPECIAL_A_CLOCK} clocks each, over all "
+    "multiprocessors, whichever is longer, at the highest clock."
+)
 
 
 def group(rows: list[Row], *names: str) -> Iterator[tuple[tuple[str, ...], list[Row]]]:
@@ -97,17 +110,18 @@ def summary(results: dict[str, Any], page: str) -> list[str]:
     ]
 
 
-def full_page(results: dict[str, Any], stem: str) -> str:
-    """Return the page with every contender of every group."""
+def full_page(results: dict[str, Any], stem: str, plots: dict[str, str]) -> str:
+    """Return the page with every contender of every group; plots are texts by file name."""
     text = [
         f"# {machine_line(results['machine'])}",
         "",
         "Medians and quartiles of the time of one call; contenders were timed in turn. Errors are",
         "the largest against float64, relative to the largest entry. Made by `make report`.",
         "",
-        f"![speed-up over the best nn.LSTM]({stem}-speedup.svg)",
-        f"![error against float64]({stem}-error.svg)",
+        *(f"![{name.removeprefix(stem + '-').removesuffix('.svg')}]({name})" for name in plots),
     ]
+    if f"{stem}-floor.svg" in plots:
+        text += ["", FLOOR]
     for key, rows in group(results["rows"], "case", "lengths", "dtype", "setting", "pass"):
         first = rows[0]
         sizes = ", ".join(f"{size} {first[size]}" for size in ("H", "D", "B", "T", "V"))
@@ -132,6 +146,36 @@ def full_page(results: dict[str, Any], stem: str) -> str:
         text += markdown_table(header, lines)
         text += ["", *(f"{r['contender']}: {r['explain']}." for r in rows if r.get("explain"))]
     return "\n".join(text) + "\n"
+
+
+def floor_s(row: Row, facts: Row) -> float | None:
+    """Return the floor of scoring, or None where it is not known; FLOOR says what it counts."""
+    multiprocessors, clock_mhz = facts.get("multiprocessors"), facts.get("clock_mhz")
+    kernels = row["H"] <= 128 and row["cell"] == "lstm" and not row["bidirectional"]
+    if not (multiprocessors and clock_mhz and kernels):
+        return None
+    special = SPECIAL_A_CELL * row["H"] / SPECIAL_A_CLOCK
+    in_turn = row["longest"] * (EXCHANGE_CLOCKS + SEQUENCES * special)
+    together = row["tokens"] * special / multiprocessors
+    return max(in_turn, together) / (clock_mhz * 1e6)
+
+
+def floor_plot(results: dict[str, Any]) -> str | None:
+    """Draw the microseconds of a time step beside the floor's, for scoring in a CUDA graph."""
+    names = (OURS, "best nn.LSTM", "floor")
+    labels, series = [], {name: [] for name in names}
+    rows = [r for r in results["rows"] if r["pass"] == "scoring" and r["setting"] == "graph"]
+    for key, some in group(rows, "case", "lengths", "dtype"):
+        floor, times = floor_s(some[0], results["machine"]), by_contender(some)
+        if floor is None or OURS not in times or all(row["ours"] for row in some):
+            continue
+        labels.append(", ".join(key))
+        for name, time_s in zip(
+            names, (times[OURS], best_rival(some)["median_s"], floor), strict=True
+        ):
+            series[name].append(time_s * 1e6 / some[0]["longest"])
+    title = "scoring in a CUDA graph: microseconds a time step of the longest sentence"
+    return draw(labels, series, title, True) if labels else None
 
 
 def draw(labels: list[str], series: dict[str, list[float | None]], title: str, log: bool) -> str:
@@ -205,9 +249,11 @@ def render(readme: str, folder: Path) -> dict[Path, str]:
     parts = []
     for source in sorted(folder.glob("*.json")):
         results, stem = load(source), source.stem
-        files[folder / f"{stem}.md"] = full_page(results, stem)
-        files[folder / f"{stem}-speedup.svg"] = speed_up_plot(results)
-        files[folder / f"{stem}-error.svg"] = error_plot(results)
+        drawn = {"speedup": speed_up_plot, "floor": floor_plot, "error": error_plot}
+        plots = {f"{stem}-{name}.svg": plot(results) for name, plot in drawn.items()}
+        plots = {name: text for name, text in plots.items() if text is not None}
+        files[folder / f"{stem}.md"] = full_page(results, stem, plots)
+        files |= {folder / name: text for name, text in plots.items()}
         parts.append("\n".join(summary(results, f"benchmarks/results/{stem}.md")))
     before, _, rest = readme.partition(BEGIN)
     after = rest.partition(END)[2]

@@ -191,6 +191,30 @@ def test_report_shows_a_loss(machine):
     assert "| 4 ms | 2 ms (trimmed) | **0.50x, slower** | 2.50x |" in text
 
 
+def test_the_floor_is_drawn_for_a_gpu(machine):
+    """Of headline shape A on 132 multiprocessors at 1980 MHz: about 0.15 us a step."""
+    shape = {"H": 50, "cell": "lstm", "bidirectional": False, "longest": 73, "tokens": 73 * 64}
+    gpu = {"multiprocessors": 132, "clock_mhz": 1980}
+    assert 73 * 0.13e-6 < report.floor_s(shape, gpu) < 73 * 0.15e-6
+    # 16k pairs of B': all tokens' special functions count
+    many = shape | {"H": 128, "longest": 32, "tokens": 32 * 32768}
+    assert 150e-6 < report.floor_s(many, gpu) < 170e-6
+    assert report.floor_s(shape | {"H": 256}, gpu) is None
+    assert report.floor_s(shape, {}) is None
+
+    file = machine / "some-cpu.json"
+    data = results.load(file)
+    for row in data["rows"]:
+        row["setting"] = {"1 thread": "eager", "2 threads": "graph"}[row["setting"]]
+    facts = data["machine"] | gpu | {"gpu": "Some GPU", "cuda": "13", "cudnn": 9}
+    results.save(machine / "some-gpu.json", facts, data["rows"])
+    files = report.render(TEXT, machine)
+    assert report.FLOOR in files[machine / "some-gpu.md"]
+    assert "microseconds a time step" in files[machine / "some-gpu-floor.svg"]
+    assert machine / "some-cpu-floor.svg" not in files
+    assert "floor" not in files[machine / "some-cpu.md"]
+
+
 def test_report_without_results(tmp_path):
     files = report.render(TEXT, tmp_path)
     assert report.NOTHING in files[report.README]
