@@ -264,6 +264,12 @@ def train_command(
     checkpoint_every: Annotated[
         int, typer.Option(help="Steps between checkpoints; 0: one an epoch.")
     ] = Config.checkpoint_every,
+    log_every: Annotated[
+        int, typer.Option(help="Steps between lines of steps.csv; 0: none.")
+    ] = Config.log_every,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Log to DIR/tensorboard too.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print the result alone.")] = False,
 ) -> None:
     """Train on scored sentence pairs; --columns and --score-range hold for every file."""
@@ -313,6 +319,8 @@ def train_command(
             precision=precision,
             resume=resume,
             checkpoint_every=checkpoint_every,
+            log_every=log_every,
+            tensorboard=tensorboard,
             **{name: value for name, value in given.items() if value is not None},
         )
         _train(config, quiet)

@@ -1,1 +1,27 @@
-"""From files of scored sentence pairs to a run folder with a trained model."""
+"""From scored sentence pairs to a trained model: the loop, its checkpoints, and what measures it.
+
+`train` goes from files to a run folder. It is made of the other names, which take a module and
+pairs of your own; nothing here is needed to train a `SiameseLSTM` in a loop of your own.
+"""
+
+from fastsiam.training.checkpoint import Checkpoint
+from fastsiam.training.config import Config
+from fastsiam.training.data import EncodedPairs
+from fastsiam.training.evaluate import evaluate, measure
+from fastsiam.training.fit import Phase, fit
+from fastsiam.training.loop import train
+from fastsiam.training.objective import MeanSquaredError
+from fastsiam.training.source import PairBatches
+
+__all__ = [
+    "Checkpoint",
+    "Config",
+    "EncodedPairs",
+    "MeanSquaredError",
+    "PairBatches",
+    "Phase",
+    "evaluate",
+    "fit",
+    "measure",
+    "train",
+]

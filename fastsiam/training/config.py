@@ -110,6 +110,8 @@ class Config:
         precision: "float32", or "bf16": the recurrence computes in bfloat16, weights stay float32.
         resume: go on with the run in `out`, if there is one.
         checkpoint_every: steps between checkpoints within an epoch; 0: only where one ends.
+        log_every: steps between lines of `steps.csv`; 0: epochs alone are logged.
+        tensorboard: write event files in `out/tensorboard` too.
 
     Raises:
         ValueError: a value out of range.
@@ -157,6 +159,8 @@ class Config:
     precision: Literal["float32", "bf16"] = "float32"
     resume: bool = False
     checkpoint_every: int = 0
+    log_every: int = 0
+    tensorboard: bool = False
 
     def __post_init__(self) -> None:
         counts = ("epochs", "pretrain_epochs", "patience", "batch_size", "hidden_size", "max_len")
@@ -180,8 +184,9 @@ class Config:
             raise ValueError(f"seed must be from 0 to 2**63 - 1, got {self.seed}")
         if not self.vectors:
             raise ValueError("vectors must name at least one file, got none")
-        if self.checkpoint_every < 0:
-            raise ValueError(f"checkpoint_every must be 0 or more, got {self.checkpoint_every}")
+        for name in ("checkpoint_every", "log_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
         if self.folds < 2:
             raise ValueError(f"folds must be at least 2, got {self.folds}")
         choices: dict[str, Any] = {

@@ -19,6 +19,7 @@ from fastsiam.training.checkpoint import Checkpoint
 from fastsiam.training.epoch import Precision, run_epoch
 from fastsiam.training.evaluate import Metrics
 from fastsiam.training.guard import LIMIT, Guard, NotFiniteError
+from fastsiam.training.logs import Logs
 from fastsiam.training.randomness import random_state, set_random_state
 from fastsiam.training.report import EpochRecord
 from fastsiam.training.running import Running
@@ -100,6 +101,7 @@ def fit(
     precision: Precision = "float32",
     stop: Callable[[], int] = lambda: 0,
     observer: Observer | None = None,
+    logs: Logs | None = None,
     world: World | None = None,
 ) -> Fit:
     """Train an objective through its phases, each from the weights kept so far.
@@ -122,6 +124,7 @@ def fit(
         precision: "bf16" computes the objective under bfloat16 autocast; weights stay float32.
         stop: asked after each step; a number other than 0 ends training there.
         observer: told of the progress.
+        logs: where figures go every few steps; None: nowhere.
         world: the processes that share the work; None: this one alone.
 
     Returns:
@@ -136,9 +139,13 @@ def fit(
     if not phases:
         raise ValueError("fit: phases must hold at least one phase, got none")
     run = _Run(objective, phases, dev, clip, generator, checkpoint, precision, world or World())
-    run.stop, run.observer = stop, observer
+    run.stop, run.observer, run.logs = stop, observer, logs
     run.resume()
+    if logs is not None:
+        logs.start(run.step, run.running)
     run.run()
+    if logs is not None:
+        logs.close()
     return Fit(run.records, run.best, run.step, run.signal, _copy(objective), run.last)
 
 
@@ -147,6 +154,7 @@ class _Run:
 
     stop: Callable[[], int]
     observer: Observer | None
+    logs: Logs | None
 
     def __init__(
         self,
@@ -211,6 +219,14 @@ class _Run:
                 self.signal = max(self.world.gather(self.signal or self.stop()))
             elif self.world.size == 1:
                 self.signal = self.signal or self.stop()
+            if self.logs is not None and self.logs.every and self.step % self.logs.every == 0:
+                where = {
+                    "phase": phase.name,
+                    "epoch": self.epoch,
+                    "lr": float(phase.schedule.get_last_lr()[0]),
+                }
+                skipped = self._look(phase)
+                self.logs.step(self.step, where, self.running, skipped, self.objective)
             due = self.checkpoint is not None and self.checkpoint.every
             if self.signal or (due and self.step % due == 0):
                 self._look(phase)
@@ -277,6 +293,8 @@ class _Run:
         )
         if better:
             self.best, self.kept = record, _copy(self.objective)
+        if self.logs is not None:
+            self.logs.epoch(self.step, record)
         self._tell(lambda observer: observer.on_epoch(record, better))
         self.running = Running(self.device)
         self.epoch, self.done, self.seconds = self.epoch + 1, 0, 0.0

@@ -19,6 +19,7 @@ from fastsiam.training.data import Inputs, load_inputs
 from fastsiam.training.evaluate import Evaluation, Metrics, evaluate, measure, score_pairs
 from fastsiam.training.fit import Fit, Phase, fit
 from fastsiam.training.guard import NotFiniteError
+from fastsiam.training.logs import Logs
 from fastsiam.training.objective import make_objective
 from fastsiam.training.report import EpochRecord, RunFolder
 from fastsiam.training.signals import stop_signals
@@ -31,7 +32,7 @@ NEEDED = ("gensim", "matplotlib", "nltk", "safetensors", "scipy")
 # What the files hold is compared instead of their names
 FREE = {
     *("train", "dev", "test", "pretrain", "vectors", "synonyms", "spelling", "out"),
-    *("device", "resume", "checkpoint_every", "ensemble", "calibrate"),
+    *("device", "resume", "checkpoint_every", "log_every", "tensorboard", "ensemble", "calibrate"),
 }
 
 
@@ -167,6 +168,7 @@ def _fit(
     def dev() -> Metrics:
         return measure(score_pairs(model, inputs.dev, world), inputs.dev.similarity)
 
+    logs = Logs(config.out, config.log_every, config.tensorboard)
     outcome = fit(
         objective,
         phases,
@@ -181,6 +183,7 @@ def _fit(
         precision=config.precision,
         stop=stop,
         observer=observer,
+        logs=logs if world.main else None,
         world=world,
     )
     if world.main and not outcome.signal:

@@ -8,7 +8,7 @@ import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -148,9 +148,16 @@ class RunFolder:
         loss_axes.plot(epochs, losses, color="tab:gray", label="training loss")
         loss_axes.set(xlabel="epoch", ylabel="training loss", ylim=(0, None))
         axes = loss_axes.twinx()
-        for name in ("pearson", "spearman"):
-            values = [getattr(record, f"dev_{name}") for record in records]
-            axes.plot(epochs, [nan if v is None else v for v in values], label=f"dev {name}")
+        colours = {"pearson": "tab:blue", "spearman": "tab:orange"}
+        for (name, colour), part in product(colours.items(), ("dev", "training")):
+            values = [getattr(r, name if part == "training" else f"dev_{name}") for r in records]
+            axes.plot(
+                epochs,
+                [nan if v is None else v for v in values],
+                color=colour,
+                linestyle="-" if part == "dev" else "--",
+                label=f"{part} {name}",
+            )
         axes.set_ylabel("correlation")
         for before, after in pairwise(records):
             if before.phase != after.phase:
