@@ -1,6 +1,7 @@
 """From scored sentence pairs to a trained model: the loop, its checkpoints, and what measures it.
 
-`train` goes from files to a run folder. It is made of the other names, which take a module and
+`train` goes from files to a run folder, `run_recipe` to that of an ensemble or a calibrated model
+too. `train` is made of the other names, which take a module and
 pairs of your own; nothing here is needed to train a `SiameseLSTM` in a loop of your own.
 """
 
@@ -11,6 +12,7 @@ from fastsiam.training.evaluate import evaluate, measure
 from fastsiam.training.fit import Phase, fit
 from fastsiam.training.loop import train
 from fastsiam.training.objective import MeanSquaredError
+from fastsiam.training.recipe import run_recipe
 from fastsiam.training.source import PairBatches
 
 __all__ = [
@@ -23,5 +25,6 @@ __all__ = [
     "evaluate",
     "fit",
     "measure",
+    "run_recipe",
     "train",
 ]
