@@ -4,26 +4,31 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-# what `make gpu` runs: a machine's own python with torch, triton and pytest, and nothing installed by us
+# what `make gpu` runs: a machine's own python with torch, triton, pytest and its plugins xdist and
+# benchmark, and nothing installed by us; compiling a kernel's variants is most of a test step's time,
+# about 250 variants in the first and 150 in the second, so several processes share the GPU
 GPU_PYTHON ?= python3
-# these need the text libraries or an environment of their own
-NOT_ON_GPU := $(wildcard tests/test_text_*.py) $(addprefix tests/test_,article.py calibration.py cli.py demo.py model.py packaging.py readme.py recipes.py sample.py sick.py training.py)
-GPU_TESTS = $(filter-out $(NOT_ON_GPU),$(wildcard tests/test_*.py))
+GPU_WORKERS ?= 4
+GPU_TESTS_1 := $(addprefix tests/test_,siamese_lstm.py ops.py)
+GPU_TESTS_2 := $(addprefix tests/test_,siamese_gru.py module.py layers.py recompute.py large_offsets.py topk.py \
+	graph.py backend_choice.py bad_input.py reference.py benchmarks.py)
 
 BENCH := benchmarks --benchmark-only --save-results --benchmark-columns=median,iqr,rounds
 
-.PHONY: help demo test check aot gpu gpu-test gpu-sanitize gpu-bench bench report sick clean
-.PHONY: gpu-bench-a gpu-bench-b gpu-bench-cd
+.PHONY: help demo test check aot gpu gpu-test gpu-sanitize gpu-bench bench report sick scores clean
+.PHONY: gpu-test-1 gpu-test-2 gpu-bench-a gpu-bench-b gpu-bench-b2 gpu-bench-c gpu-bench-d gpu-bench-more gpu-auto
 
 help:
 	@echo "make demo           train, evaluate and query a small model on pairs that ship with the package"
 	@echo "make test           the test suite"
 	@echo "make check          the gate: format, lint, types, tests, report in step"
 	@echo "make aot            compile every kernel for every target and print the table (needs no GPU)"
-	@echo "make gpu            on a GPU machine: gpu-test, gpu-sanitize, gpu-bench"
+	@echo "make gpu            on a GPU machine: gpu-test, gpu-sanitize, gpu-bench, each in steps of minutes"
+	@echo "make gpu-auto       on a GPU machine: measure where backend=\"auto\" takes nn.LSTM"
 	@echo "make bench          measure this machine into benchmarks/results/"
 	@echo "make report         render the README's table and the plots from benchmarks/results/"
 	@echo "make sick DATA=DIR  train every recipe on the SICK files; DIR holds sick/, sts/, vectors/, seed/"
+	@echo "make scores DATA=DIR  time text to scores beside sentence-transformers; DIR holds sick/ and vectors/"
 	@echo "make clean          remove what was built, the environment included"
 
 demo: $(VENV)/.made-test
@@ -50,21 +55,31 @@ endif
 
 gpu: gpu-test gpu-sanitize gpu-bench
 
-gpu-test:
-	PYTHONPATH=. $(GPU_PYTHON) -m pytest $(GPU_TESTS)
+gpu-test: gpu-test-1 gpu-test-2
+
+gpu-test-1:
+	PYTHONPATH=. $(GPU_PYTHON) -m pytest -n $(GPU_WORKERS) $(GPU_TESTS_1)
+gpu-test-2:
+	PYTHONPATH=. $(GPU_PYTHON) -m pytest -n $(GPU_WORKERS) $(GPU_TESTS_2)
 
 # one small case an op: the tool slows a kernel down a hundredfold
 gpu-sanitize:
 	PYTHONPATH=. PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
-		$(GPU_PYTHON) -m pytest -p no:cacheprovider -m gpu -k sanitize $(GPU_TESTS)
+		$(GPU_PYTHON) -m pytest -p no:cacheprovider -m gpu -k sanitize $(GPU_TESTS_1) $(GPU_TESTS_2)
 
-gpu-bench: gpu-bench-a gpu-bench-b gpu-bench-cd
+gpu-bench: gpu-bench-a gpu-bench-b gpu-bench-b2 gpu-bench-c gpu-bench-d gpu-bench-more
 
-gpu-bench-a gpu-bench-b gpu-bench-cd:
+gpu-bench-a gpu-bench-b gpu-bench-b2 gpu-bench-c gpu-bench-d gpu-bench-more:
 	PYTHONPATH=. $(GPU_PYTHON) -m pytest $(BENCH) --cases "$(CASES)"
 gpu-bench-a: CASES = A
-gpu-bench-b: CASES = B,B'
-gpu-bench-cd: CASES = C,D
+gpu-bench-b: CASES = B
+gpu-bench-b2: CASES = B'
+gpu-bench-c: CASES = C
+gpu-bench-d: CASES = D
+gpu-bench-more: CASES = both ways,GRU
+
+gpu-auto:
+	PYTHONPATH=. $(GPU_PYTHON) -m benchmarks.auto
 
 bench: $(VENV)/.made-test
 	$(BIN)/python -m pytest $(BENCH)
@@ -79,6 +94,11 @@ sick: $(VENV)/.made-test
 	done
 	$(BIN)/python -m benchmarks.sick_times --data "$(DATA)"
 	$(BIN)/python -m benchmarks.sick_report
+
+scores: $(VENV)/.made-test
+	@test -n "$(DATA)" || { echo "make scores: DATA must name the folder that holds sick/ and vectors/, as in: make scores DATA=data" >&2; exit 2; }
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/sentence-transformers -r benchmarks/text_to_scores.txt
+	PYTHONPATH=build/sentence-transformers OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.text_to_scores --data "$(DATA)"
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -119,6 +119,7 @@ class Packed(nn.Module):
     def __init__(self, rnn: nn.RNNBase, table: Tensor) -> None:
         super().__init__()
         self.rnn = copy.deepcopy(rnn)
+        self.rnn.flatten_parameters()  # cuDNN wants them in one piece, which a copy is not
         self.table = table
 
     def forward(self, batch: Batch) -> Tensor:

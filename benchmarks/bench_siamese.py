@@ -1,15 +1,17 @@
 """Both sides through the LSTM to a similarity: scoring, gradients, a training step."""
 
+import contextlib
 import dataclasses
 import gc
 import itertools
+from collections.abc import Iterator
 from functools import lru_cache
 
 import pytest
 import torch
 
 from benchmarks import accuracy, clock
-from benchmarks.baselines import CONTENDERS, MAIN_RIVAL, build
+from benchmarks.baselines import CONTENDERS, MAIN_RIVAL, Contender, build
 from benchmarks.cases import CPU_CASES, GPU_CASES, QUICK_CASES, Batch, Case
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -41,37 +43,54 @@ def prepare(case: Case, setting: str) -> None:
     torch.backends.cuda.matmul.allow_tf32 = case.dtype == "tf32"
 
 
+@contextlib.contextmanager
+def one_may_fail(contender: Contender, faults: dict[str, str]) -> Iterator[None]:
+    """Note why a contender does not run: its own test fails then, and the others are timed."""
+    try:
+        yield
+    except Exception as error:
+        faults[contender.name] = f"raised {type(error).__name__}: {error}"
+
+
 @lru_cache(maxsize=1)
 def checked(case: Case) -> tuple[Batch, dict[str, accuracy.Errors], dict[str, str]]:
     """Return the batch, each contender's errors, and what is wrong with those that fail."""
     batch = Batch(case, DEVICE)
     truth = accuracy.gold(case, batch)
-    found = {}
+    found, faults = {}, {}
     for contender in CONTENDERS:
         ways = itertools.product(SETTINGS, clock.PASSES)
         if any(contender.why_not(case, DEVICE.type, *way) is None for way in ways):
-            found[contender.name] = accuracy.errors(build(contender, case, DEVICE), batch, truth)
+            with one_may_fail(contender, faults):
+                model = build(contender, case, DEVICE)
+                found[contender.name] = accuracy.errors(model, batch, truth)
     limits = found[MAIN_RIVAL]
-    faults = {name: accuracy.fault(e, limits, case.torch_dtype) for name, e in found.items()}
-    return batch, found, {name: fault for name, fault in faults.items() if fault}
+    for name, errors in found.items():
+        if fault := accuracy.fault(errors, limits, case.torch_dtype):
+            faults[name] = fault
+    return batch, found, faults
 
 
 @lru_cache(maxsize=1)
-def measured(case: Case, setting: str, work: str, effort: clock.Effort) -> dict[str, clock.Times]:
-    """Time all contenders of a group in turn; those that failed the check are left out."""
-    batch, _, faults = checked(case)
+def measured(
+    case: Case, setting: str, work: str, effort: clock.Effort
+) -> tuple[dict[str, clock.Times], dict[str, str]]:
+    """Time all contenders of a group in turn, and say why for those that cannot be."""
+    batch, _, wrong = checked(case)
+    faults = dict(wrong)
     works, calls = {}, {}
     for contender in CONTENDERS:
         if contender.name in faults or contender.why_not(case, DEVICE.type, setting, work):
             continue
-        model = build(contender, case, DEVICE)
-        call = clock.work_of(model, batch, work, capturable=setting == "graph")
-        if setting == "graph":
-            call, calls[contender.name] = clock.in_graph(call)
-        works[contender.name] = call
+        with one_may_fail(contender, faults):
+            model = build(contender, case, DEVICE)
+            call = clock.work_of(model, batch, work, capturable=setting == "graph")
+            if setting == "graph":
+                call, calls[contender.name] = clock.in_graph(call)
+            works[contender.name] = call
     gc.collect()
     times = clock.measure(works, DEVICE, effort)
-    return {n: t.of_graph(calls[n]) if n in calls else t for n, t in times.items()}
+    return {n: t.of_graph(calls[n]) if n in calls else t for n, t in times.items()}, faults
 
 
 @pytest.mark.benchmark(timer=clock.REPLAY)
@@ -80,10 +99,11 @@ def test_siamese(benchmark, rows, request, case, setting, work, contender):
     if reason:
         pytest.skip(reason)
     prepare(case, setting)
-    batch, errors, faults = checked(case)
-    assert contender.name not in faults, faults[contender.name]
     effort = clock.QUICK if request.config.getoption("--quick") else clock.FULL
-    times = measured(case, setting, work, effort)[contender.name]
+    batch, errors, _ = checked(case)
+    every, faults = measured(case, setting, work, effort)
+    assert contender.name not in faults, faults[contender.name]
+    times = every[contender.name]
 
     row = dataclasses.asdict(case)
     row |= {"case": row.pop("name"), "setting": setting, "pass": work, "contender": contender.name}

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -263,3 +264,17 @@ def test_the_shipped_measurements_are_sound():
             assert row.other in ("torch", "triton")
             assert 0 < row.ratio < 1000
             assert 0 < row.filled <= 1
+
+
+def test_a_gpu_machine_runs_every_test_that_needs_one():
+    """Files with tests of the kernels, which `make gpu` names one by one."""
+    done = subprocess.run(
+        ["make", "-n", "gpu-test"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    ours = re.compile(r"mark\.gpu|def \w+\([^)]*\b(backend|fused_backend|triton)\b", re.DOTALL)
+    files = (ROOT / "tests").glob("test_*.py")
+    wanted = {f.name for f in files if ours.search(f.read_text(encoding="utf-8"))}
+    assert "test_siamese_lstm.py" in wanted
+    # these compile without a GPU, in an environment or process of their own
+    wanted -= {"test_aot.py", "test_packaging.py"}
+    assert wanted <= set(re.findall(r"test_\w+\.py", done.stdout))
