@@ -65,7 +65,7 @@ class Tile(NamedTuple):
     stream: bool  # whether weight_hh is read every step instead of kept in registers
 
 
-def forward_tile(H: int, dtype: torch.dtype, precision: str, target: str) -> Tile:
+def forward_tile(H: int, dtype: torch.dtype, precision: str, target: str, each: int = 1) -> Tile:
     """Return the tile of the forward kernels.
 
     Args:
@@ -73,12 +73,28 @@ def forward_tile(H: int, dtype: torch.dtype, precision: str, target: str) -> Til
         dtype: float32, float16 or bfloat16.
         precision: of float32 products: "tf32", "tf32x3" or "ieee".
         target: "sm_90" and so on.
+        each: programs that a multiprocessor gets; see `programs_each`.
     """
     block = block_h(H)
-    # a warp holds 8 units of a block; 8 warps shorten a step (half the activations each), and at
-    # block 32 there are only 4 groups of 8 units
-    num_warps = 4 if block == 32 else 8
-    return Tile(block, _sequences(target), num_warps, _streams(block, dtype, precision, target))
+    return Tile(
+        block,
+        _sequences(target),
+        _forward_warps(block, dtype, target, each),
+        _streams(block, dtype, precision, target),
+    )
+
+
+def _forward_warps(block: int, dtype: torch.dtype, target: str, each: int) -> int:
+    # a warp holds 8 units of a block: at block 32 there are only 4 groups of 8
+    if block == 32:
+        return 4
+    # alone on its multiprocessor a program is quicker with 8 warps (estimated clocks of a step on
+    # sm_90, half precision: 450 against 475; training 483, 543): half the activations each. Two
+    # share it better with 4 (624 against 516; 749, 640), three as well with either (821, 831)
+    if block == 64 and dtype != torch.float32 and target.startswith("sm_") and each > 1:
+        return 4
+    # float32 in 4 warps has no register left over for all records; block 128 does not fit 4
+    return 8
 
 
 def backward_tile(H: int, dtype: torch.dtype, precision: str, target: str) -> Tile:
@@ -120,7 +136,22 @@ def _streams(block: int, dtype: torch.dtype, precision: str, target: str, parts:
     return shared + 4096 > SHARED_BYTES.get(target, LEAST_SHARED_BYTES)
 
 
-def pair_order(lengths: Tensor, B: int, target: str) -> Tensor | None:
+def programs_each(lengths: Tensor, P: int, target: str) -> int:
+    """Return how many programs a multiprocessor gets for the sequences of `lengths`, [N].
+
+    Args:
+        lengths: [N], on the device that runs them.
+        P: directions, 1 or 2.
+        target: as for `forward_tile`.
+    """
+    if target == "interpreter":
+        multiprocessors = 1
+    else:
+        multiprocessors = torch.cuda.get_device_properties(lengths.device).multi_processor_count
+    return -(-lengths.shape[0] * P // (_sequences(target) * multiprocessors))
+
+
+def pair_order(lengths: Tensor, B: int, target: str, P: int = 1) -> Tensor | None:
     """Return the order in which programs take pairs, [B], longest first; None for the caller's.
 
     A program runs as long as its longest sequence. Where all programs run at once, order changes
@@ -130,12 +161,9 @@ def pair_order(lengths: Tensor, B: int, target: str) -> Tensor | None:
         lengths: [2B], or [B] where sequences are not paired.
         B: pairs.
         target: as for `forward_tile`.
+        P: directions, 1 or 2.
     """
-    if target == "interpreter":
-        multiprocessors = 1
-    else:
-        multiprocessors = torch.cuda.get_device_properties(lengths.device).multi_processor_count
-    # three programs fit a multiprocessor, four pairs each
-    if 12 * multiprocessors >= B:
+    # three fit a multiprocessor
+    if programs_each(lengths, P, target) <= 3:
         return None
     return torch.argsort(lengths.view(-1, B).amax(dim=0), descending=True, stable=True)
