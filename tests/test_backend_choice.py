@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastsiam import SiameseLSTM, _measured, functional
+from fastsiam import SiameseLSTM, _measured, _network
 from fastsiam._backend import resolve_backend
 from fastsiam._measured import Call, Row, nearest
 
@@ -104,8 +104,8 @@ def test_a_call_takes_what_explain_says(monkeypatch):
         asked.append(arguments[2].shape)
         return real(*arguments)
 
-    real = functional._plain_layer
-    monkeypatch.setattr(functional, "_plain_layer", run)
+    real = _network._plain_layer
+    monkeypatch.setattr(_network, "_plain_layer", run)
     torch.manual_seed(0)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -1,0 +1,172 @@
+"""What `batched` runs through, and what becomes of it: packed tokens, pooled hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# sequences in a group, and packed rows that a block has at least where its group has as many
+GROUP = 1024
+BLOCK = 2048
+
+
+class Block(NamedTuple):
+    """Consecutive steps of one group."""
+
+    group: slice  # its sequences, in the schedule's order
+    step: int  # the first one, in own time
+    sizes: list[int]  # rows alive at each step
+    rows: slice  # packed rows
+
+
+class Schedule(NamedTuple):
+    """Which rows run at which step."""
+
+    order: Tensor  # [N] sequences, longest first
+    tokens: list[Tensor]  # P times [M]: flat positions n * T + t of the valid tokens, as packed
+    blocks: list[Block]
+
+
+def schedule(lengths: Tensor, steps: int, P: int) -> Schedule:
+    """Order the sequences of `lengths`, [N], each padded to `steps`, for P directions."""
+    longest_first, order = torch.sort(lengths.long(), descending=True, stable=True)
+    tokens: list[list[Tensor]] = [[] for _ in range(P)]
+    blocks: list[Block] = []
+    start = row = 0
+    for some, sequences in zip(longest_first.split(GROUP), order.split(GROUP), strict=True):
+        finished = torch.bincount(some, minlength=1).cumsum(0)[:-1]
+        time = torch.arange(finished.shape[0], device=lengths.device).unsqueeze(1)
+        valid, first = time < some, sequences * steps
+        tokens[0].append((first + time)[valid])
+        if P == 2:
+            tokens[1].append((first + some - 1 - time)[valid])
+        group = slice(start, start + some.shape[0])
+        left = (some.shape[0] - finished).tolist()
+        step = 0
+        while left:
+            taken = count = 0
+            while taken < len(left) and count < BLOCK:
+                count += left[taken]
+                taken += 1
+            blocks.append(Block(group, step, left[:taken], slice(row, row + count)))
+            left, step, row = left[taken:], step + taken, row + count
+        start = group.stop
+    return Schedule(order, [torch.cat(each) for each in tokens], blocks)
+
+
+class Pool:
+    """What becomes of the hidden states: a vector a sequence, and all of them where wanted."""
+
+    def __init__(
+        self,
+        like: Tensor,
+        N: int,
+        columns: int,
+        steps: int,
+        pooling: str,
+        mask: Tensor | None,
+        plan: Schedule,
+        keep_outputs: bool,
+        peaks: bool,
+    ) -> None:
+        self.vectors = like.new_empty(N, columns)
+        self.outputs = like.new_zeros((N, steps, columns) if keep_outputs else 0)
+        self.peaks = torch.zeros(
+            (N, columns) if peaks else 0, dtype=torch.int32, device=like.device
+        )
+        self._keep_outputs, self._keep_peaks = keep_outputs, peaks
+        self._pooling, self._mask, self._plan = pooling, mask, plan
+
+    def start(self, p: int, H: int) -> None:
+        """Begin direction p."""
+        self._tokens = self._plan.tokens[p]
+        self._columns = slice(p * H, (p + 1) * H)
+        N = self.vectors.shape[0]
+        self._weights = None
+        if self._pooling == "mask" and self._mask is not None:
+            packed = self._mask.reshape(-1, 1).index_select(0, self._tokens)
+            self._weights = packed.to(self.vectors.dtype)
+        nothing = -torch.inf if self._pooling == "max" else 0.0
+        if self._pooling != "last":
+            self._pooled = self.vectors.new_full((N, H), nothing)
+        if self._keep_peaks:
+            self._peaks = torch.zeros((N, H), dtype=torch.int32, device=self.vectors.device)
+        if self._keep_outputs:
+            self._packed = self.vectors.new_empty(self._tokens.shape[0], H)
+
+    def visitor(self, block: Block) -> Callable[[int, Tensor], None] | None:
+        """Return what looks at the hidden states of each step of a block, if anything must."""
+        if self._pooling == "last" and not self._keep_outputs:
+            return None
+        weights = None
+        if self._weights is not None:
+            weights = self._weights[block.rows].split_with_sizes(block.sizes)
+        pooled = None if self._pooling == "last" else self._pooled[block.group]
+        peaks = self._peaks[block.group] if self._keep_peaks else None
+        packed = None
+        if self._keep_outputs:
+            packed = self._packed[block.rows].split_with_sizes(block.sizes)
+
+        def visit(t: int, h: Tensor) -> None:
+            n = h.shape[0]
+            if packed is not None:
+                packed[t].copy_(h)
+            if weights is not None and pooled is not None:
+                pooled[:n].addcmul_(h, weights[t])
+            elif pooled is not None:
+                if peaks is not None:
+                    peaks[:n].masked_fill_(h > pooled[:n], block.step + t)
+                torch.maximum(pooled[:n], h, out=pooled[:n])
+
+        return visit
+
+    def finish(self, h: Tensor, unit: float) -> None:
+        """Write a direction's results, given its last states and the size of a unit of h."""
+        order, columns = self._plan.order, self._columns
+        v = h if self._pooling == "last" else self._pooled
+        if self._pooling == "max":
+            v = v.masked_fill_(v == -torch.inf, 0)
+        self.vectors[:, columns].index_copy_(0, order, v * unit)
+        if self._keep_peaks:
+            self.peaks[:, columns].index_copy_(0, order, self._peaks)
+        if self._keep_outputs:
+            outputs = self.outputs.view(-1, self.outputs.shape[2])[:, columns]
+            outputs.index_copy_(0, self._tokens, self._packed * unit)
+
+
+class Reached(NamedTuple):
+    """What reaches the hidden states of direction p from outside the recurrence."""
+
+    dv: Tensor | None  # [N, H]
+    doutputs: Tensor | None  # [N, T, P * H]
+    columns: slice
+    lengths: Tensor
+    mask: Tensor | None
+    peaks: Tensor
+    steps: int
+    pooling: str
+    p: int
+
+    def rows(self, tokens: Tensor) -> Tensor | None:
+        """Return it for the packed tokens at flat positions `tokens`, [m], as [m, H], or None."""
+        found: Tensor | None = None
+        if self.dv is not None and self.pooling != "last":
+            sequence = tokens.div(self.steps, rounding_mode="floor")
+            found = self.dv.index_select(0, sequence)
+            if self.pooling == "max":
+                step = tokens - sequence * self.steps
+                if self.p == 1:
+                    step = self.lengths.index_select(0, sequence) - 1 - step
+                peaks = self.peaks[:, self.columns].index_select(0, sequence)
+                found = found.mul_(peaks == step.unsqueeze(1))
+            elif self.mask is not None:
+                weights = self.mask.reshape(-1, 1).index_select(0, tokens)
+                found = found.mul_(weights.to(found.dtype))
+        if self.doutputs is not None:
+            flat = self.doutputs.reshape(-1, self.doutputs.shape[2])[:, self.columns]
+            states = flat.index_select(0, tokens)
+            found = states if found is None else found.add_(states)
+        return found
