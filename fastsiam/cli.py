@@ -324,7 +324,8 @@ def train_command(
             **{name: value for name, value in given.items() if value is not None},
         )
         _train(config, quiet)
-        typer.echo(f"run folder: {out}")
+        if _speaks():
+            typer.echo(f"run folder: {out}")
 
 
 @app.command("evaluate", epilog=EXIT_CODES)
@@ -477,8 +478,7 @@ class _Screen:
 
 
 def _train(config: Config, quiet: bool) -> Result:
-    # of several processes, the first speaks for all
-    screen = _Screen(config, quiet or os.environ.get("RANK", "0") != "0")
+    screen = _Screen(config, quiet or not _speaks())
     with screen.progress, _plain_warnings():
         result = run_recipe(config, screen)
     if result.interrupted:
@@ -487,9 +487,9 @@ def _train(config: Config, quiet: bool) -> Result:
         how = "terminated" if result.signal == signal.SIGTERM else "interrupted"
         if config.ensemble > 1 or config.calibrate:
             kept = "is not whole; what there is of it"
-        typer.echo(
-            f"fastsiam: {how}; the model {kept} is in {config.out}, and --resume goes on", err=True
-        )
+        if _speaks():
+            line = f"fastsiam: {how}; the model {kept} is in {config.out}, and --resume goes on"
+            typer.echo(line, err=True)
         raise typer.Exit(128 + result.signal)
     assert result.best is not None
     best = result.best
@@ -501,8 +501,14 @@ def _train(config: Config, quiet: bool) -> Result:
         rows["test"] = result.test.metrics
         if result.test.calibrated is not None:
             rows["test, calibrated"] = result.test.calibrated
-    _print_metrics(rows)
+    if _speaks():
+        _print_metrics(rows)
     return result
+
+
+def _speaks() -> bool:
+    """Return whether this is the only process, or the first of several, which speaks for all."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
