@@ -105,7 +105,10 @@ def train_command(
     train_file: Annotated[
         Path, typer.Option("--train", metavar="FILE", help="Scored pairs to train on.")
     ],
-    dev: Annotated[Path, typer.Option(metavar="FILE", help="Scored pairs that choose the epoch.")],
+    dev: Annotated[
+        Path,
+        typer.Option(metavar="FILE", help="Scored pairs to watch, and to choose the epoch by."),
+    ],
     vectors: Annotated[
         list[Path],
         typer.Option(metavar="FILE", help="Word vectors; given more than once, they are joined."),
@@ -255,6 +258,12 @@ def train_command(
     ] = None,
     columns: Columns = None,
     score_range: ScoreRange = None,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Leave training pairs in their files; for large ones.")
+    ] = False,
+    shuffle_buffer: Annotated[
+        int, typer.Option(help="Pairs that a streamed pair is drawn from.")
+    ] = Config.shuffle_buffer,
     precision: Annotated[
         str, typer.Option(metavar="float32|bf16", help="What the recurrence computes in.")
     ] = Config.precision,
@@ -316,6 +325,8 @@ def train_command(
             seed=seed,
             backend=backend,
             device=device,
+            stream=stream,
+            shuffle_buffer=shuffle_buffer,
             precision=precision,
             resume=resume,
             checkpoint_every=checkpoint_every,

@@ -14,7 +14,8 @@ from fastsiam._backend import BACKENDS
 LEARNING_RATES = {"adam": 2e-3, "adadelta": 1.0}  # where none is given
 FORGET_BIASES = {"orig": 2.5, "seed": 1.0, "pytorch": None}  # None: as drawn
 
-# what each recipe sets apart from the defaults of Config, which are "fast"
+# what each recipe sets apart from the defaults of Config. Where the rate falls to 0 the last epoch is
+# kept: a few hundred dev pairs tell the epochs apart no better than chance
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         # the TensorFlow 1 program, but for its faults: Adadelta takes its own steps and not 1e-4
@@ -38,8 +39,14 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "schedule": "constant",
             "calibrate": True,
         },
-        "fast": {},
-        "good": {"bidirectional": True, "pooling": "max", "scale": 0.21, "learn_scale": True},
+        "fast": {"select": "last"},
+        "good": {
+            "bidirectional": True,
+            "pooling": "max",
+            "scale": 0.21,
+            "learn_scale": True,
+            "select": "last",
+        },
         "best": {
             "hidden_size": 75,
             "bidirectional": True,
@@ -59,7 +66,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Config:
-    """One training run; the defaults are the recipe "fast" that `fastsiam train` follows.
+    """One training run; the defaults are the recipe "fast", with the epoch that dev chooses.
 
     Attributes:
         train: pairs to train on.
@@ -101,6 +108,8 @@ class Config:
         spelling: JSON file, word as written -> word in the vector files.
         columns: names of the two sentences and the score in every file; None: a known header.
         score_range: lowest and highest score in every file; None: that of the header, or 1 to 5.
+        stream: leave the training pairs in their files, and read those once an epoch.
+        shuffle_buffer: pairs that the next one of a streamed file is drawn from, at least 1.
         ensemble: models that are trained, from seeds that follow one another, and saved as one.
         calibrate: fit a monotone map from similarities to gold ones on out-of-fold predictions.
         folds: parts of the training pairs for that, at least 2.
@@ -150,6 +159,8 @@ class Config:
     spelling: Path | None = None
     columns: tuple[str, str, str] | None = None
     score_range: tuple[float, float] | None = None
+    stream: bool = False
+    shuffle_buffer: int = 8192
     ensemble: int = 1
     calibrate: bool = False
     folds: int = 5
@@ -164,7 +175,7 @@ class Config:
 
     def __post_init__(self) -> None:
         counts = ("epochs", "pretrain_epochs", "patience", "batch_size", "hidden_size", "max_len")
-        for name in (*counts, "ensemble"):
+        for name in (*counts, "ensemble", "shuffle_buffer"):
             value = getattr(self, name)
             if value is not None and not 1 <= value < 2**31:
                 raise ValueError(f"{name} must be from 1 to 2**31 - 1, got {value}")
@@ -209,6 +220,14 @@ class Config:
                 "train_on_dev must go with select 'last' and no patience: pairs that are trained "
                 f"on cannot choose the epoch, got select {self.select!r} and patience "
                 f"{self.patience}"
+            )
+
+        whole = ("synonyms", "train_on_dev", "entailment_weight", "calibrate")
+        given = [name for name in whole if getattr(self, name)]
+        if self.stream and given:
+            raise ValueError(
+                f"stream must go without {' and '.join(given)}, for which all pairs must be in "
+                "memory, got both"
             )
 
     @classmethod

@@ -18,6 +18,7 @@ from fastsiam.text.vectors import Coverage, WordVectors, load_vectors
 from fastsiam.text.vocabulary import Encoded, Vocabulary, load_spelling
 from fastsiam.training.config import Config
 from fastsiam.training.objective import Batch
+from fastsiam.training.pair_file import PairFile, look_through
 
 FOLD_SEED = 0  # the parts are the same for every model of an ensemble
 
@@ -92,7 +93,8 @@ class Inputs:
     """The files of a run, read and encoded.
 
     Attributes:
-        phases: "pretrain" (where there is one) and "train", in the order they run.
+        phases: "pretrain" (where there is one) and "train", in the order they run; files where
+            the pairs are streamed.
         dev: pairs that choose the epoch.
         test: pairs as in the test file, if any.
         score_range: scale of the dev file's scores.
@@ -104,7 +106,7 @@ class Inputs:
         coverage: how many words have a vector.
     """
 
-    phases: dict[str, EncodedPairs]
+    phases: Mapping[str, EncodedPairs | PairFile]
     dev: EncodedPairs
     test: Pairs | None
     score_range: tuple[float, float]
@@ -134,6 +136,8 @@ def load_inputs(config: Config) -> Inputs:
         )
     test = None if config.test is None else _read(config, config.test)
     held_out = [part for part in (dev, test) if part is not None]
+    if config.stream:
+        return _look_through(config, dev, test)
     kept_from = held_out[1:] if config.train_on_dev else held_out
     phases: dict[str, Pairs] = {}
     dropped: dict[str, int] = {}
@@ -186,19 +190,53 @@ def load_inputs(config: Config) -> Inputs:
     )
 
 
+def _look_through(config: Config, dev: Pairs, test: Pairs | None) -> Inputs:
+    """Read what is held out, and look through the files of training pairs."""
+    held_out = {"dev": dev} | ({} if test is None else {"test": test})
+    paths = {"pretrain": config.pretrain, "train": config.train}
+    files = {
+        phase: look_through(
+            path, list(held_out.values()), config.max_len, config.columns, config.score_range
+        )
+        for phase, path in paths.items()
+        if path is not None
+    }
+    words = sum((file.words for file in files.values()), Counter())
+    vocabulary, vectors = _load_vectors(config, held_out, {}, words)
+    encoded = {
+        name: EncodedPairs.of(pairs, vocabulary, config.max_len) for name, pairs in held_out.items()
+    }
+    return Inputs(
+        phases=files,
+        dev=encoded["dev"],
+        test=test,
+        score_range=dev.score_range,
+        dropped={phase: len(file.held_out) for phase, file in files.items()},
+        swapped=0,
+        truncated=sum(file.truncated for file in files.values())
+        + sum(p.left.truncated + p.right.truncated for p in encoded.values()),
+        vocabulary=vocabulary,
+        table=vectors.table,
+        coverage=vectors.coverage,
+    )
+
+
 def _load_vectors(
-    config: Config, parts: Mapping[str, Pairs], synonyms: Mapping[str, Sequence[str]]
+    config: Config,
+    parts: Mapping[str, Pairs],
+    synonyms: Mapping[str, Sequence[str]],
+    more: Counter[str] | None = None,
 ) -> tuple[Vocabulary, WordVectors]:
-    """Load the vectors of the words of every part, and of the synonyms of those in "train"."""
+    """Load the vectors of `more` and the words of every part, and of synonyms of those in train."""
     counts: dict[str, Counter[str]] = {name: Counter() for name in parts}
     for name, pairs in parts.items():
         for sentence in (*pairs.left, *pairs.right):
             counts[name].update(tokenize(sentence))
-    forms = {form for word in counts["train"] for form in (word, word.lower())}
+    forms = {form for word in counts.get("train", ()) for form in (word, word.lower())}
     spelling = None if config.spelling is None else load_spelling(config.spelling)
     vectors = load_vectors(
         config.vectors,
-        sum(counts.values(), Counter()),
+        sum(counts.values(), more or Counter()),
         spelling=spelling,
         oov=config.oov,
         seed=config.seed,

@@ -15,16 +15,18 @@ from torch import Tensor
 from fastsiam.model import TextSiamese, pick_device
 from fastsiam.training.checkpoint import Checkpoint
 from fastsiam.training.config import Config
-from fastsiam.training.data import Inputs, load_inputs
+from fastsiam.training.data import EncodedPairs, Inputs, load_inputs
 from fastsiam.training.evaluate import Evaluation, Metrics, evaluate, measure, score_pairs
 from fastsiam.training.fit import Fit, Phase, fit
 from fastsiam.training.guard import NotFiniteError
 from fastsiam.training.logs import Logs
 from fastsiam.training.objective import make_objective
+from fastsiam.training.pair_file import PairFile
 from fastsiam.training.report import EpochRecord, RunFolder
 from fastsiam.training.signals import stop_signals
-from fastsiam.training.source import PairBatches
+from fastsiam.training.source import PairBatches, Source
 from fastsiam.training.start import initialize, make_optimizer
+from fastsiam.training.stream import StreamBatches
 from fastsiam.training.world import World, find_world
 
 NEEDED = ("gensim", "matplotlib", "nltk", "safetensors", "scipy")
@@ -159,7 +161,14 @@ def _fit(
     objective = make_objective(model.lstm, config, generator)
     phases = []
     for name, pairs in inputs.phases.items():
-        source, epochs = PairBatches(pairs, config.batch_size), config.epochs_of(name)
+        source: Source = (
+            PairBatches(pairs, config.batch_size)
+            if isinstance(pairs, EncodedPairs)
+            else StreamBatches(
+                pairs, model.vocabulary, config.max_len, config.batch_size, config.shuffle_buffer
+            )
+        )
+        epochs = config.epochs_of(name)
         optimizer, schedule = make_optimizer(objective, config, epochs * source.steps())
         phases.append(
             Phase(name, source, epochs, optimizer, schedule, config.select, config.patience)
@@ -276,6 +285,8 @@ def _digest(value: Any, more: bytes = b"") -> str:
     def add(part: Any) -> None:
         if isinstance(part, Tensor):
             digest.update(str(tuple(part.shape)).encode() + part.cpu().numpy().tobytes())
+        elif isinstance(part, PairFile):
+            digest.update(part.checksum.encode())
         elif is_dataclass(part):
             for field in fields(part):
                 add(getattr(part, field.name))

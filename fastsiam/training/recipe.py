@@ -12,7 +12,7 @@ import torch
 from fastsiam.calibration import Calibration
 from fastsiam.model import TextSiamese, pick_device
 from fastsiam.training.config import Config
-from fastsiam.training.data import Inputs, load_inputs
+from fastsiam.training.data import EncodedPairs, Inputs, load_inputs
 from fastsiam.training.evaluate import Evaluation, evaluate, measure, score_pairs
 from fastsiam.training.loop import Result, Watcher, train
 from fastsiam.training.report import EpochRecord, RunFolder
@@ -63,6 +63,7 @@ def run_recipe(config: Config, watcher: Watcher | None = None) -> Result:
     folds: list[Result] = []
     if config.calibrate:
         pairs = inputs.phases["train"]
+        assert isinstance(pairs, EncodedPairs)  # Config lets nobody calibrate on a stream
         predicted, gold = [], []
         for number in range(config.folds):
             outside, inside = pairs.split(config.folds, number)
