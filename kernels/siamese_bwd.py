@@ -6,41 +6,25 @@ import triton.language as tl
 from torch import Tensor
 
 from fastsiam.kernels import _packing, _tiling
+from fastsiam.kernels._backward import (
+    _as_accumulator,
+    _as_cells,
+    _as_operand,
+    _at_units,
+    _gates,
+    _load_gates,
+    _upstream,
+    _vector_gradient,
+)
 from fastsiam.kernels._math import (
     _direction,
     _load_cells,
-    _load_cells_where,
     _load_weight,
     _product_streamed,
     _sequences,
     _store_cells,
-    _turn,
     _unpack,
 )
-
-
-@triton.jit
-def _as_accumulator(x, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr):
-    # cells [blocks, half, columns, side, warps, 8, 4] -> [BLOCK_H, BLOCK_N]
-    return tl.reshape(tl.permute(x, (0, 4, 1, 5, 2, 6, 3)), (BLOCK_H, BLOCK_N))
-
-
-@triton.jit
-def _as_cells(a, BLOCKS: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr):
-    # the way back
-    x = tl.reshape(a, (BLOCKS, WARPS, 2, 8, COLUMNS, 4, 2))
-    return tl.permute(x, (0, 2, 4, 6, 1, 3, 5))
-
-
-@triton.jit
-def _at_units(x):
-    # [columns, side, 4] -> the same for every unit
-    return tl.reshape(x, (1, 1, x.shape[0], 2, 1, 1, 4))
-
-
-@triton.jit
-def _load_gates(gates_ptrs, row, STRIDE: tl.constexpr, DTYPE: tl.constexpr):
-    return _load_cells(gates_ptrs + tl.expand_dims(row * STRIDE, 7), 7)
 
 
 @triton.jit
@@ -52,78 +36,12 @@ def _load_states(cells_ptrs, row, STRIDE: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _gates(x, DTYPE: tl.constexpr):
-    # tanh values of i, f, g and the derivative of 2h by o's gate
-    if DTYPE == tl.float32:
-        i_g, f_o = tl.split(tl.reshape(x, x.shape[:7] + (2, 2)))
-    else:
-        i_g, f_o = _unpack(x, DTYPE)
-    i, g = tl.split(i_g)
-    f, o = tl.split(f_o)
-    return i, f, g, o
-
-
-@triton.jit
 def _states(x, DTYPE: tl.constexpr):
     # the derivative of 2h by the cell, less 1; the old cell
     if DTYPE == tl.float32:
         return tl.split(x)
     else:
         return _unpack(x, DTYPE)
-
-
-@triton.jit
-def _opaque(x, ASSEMBLY: tl.constexpr):
-    # the same values, but a history the compiler does not see: a join behind an operand of tl.dot
-    # makes it choose a layout that shared memory is then read four bytes at a time for
-    if not ASSEMBLY:
-        return x
-    elif x.dtype == tl.float32:
-        return tl.inline_asm_elementwise(
-            "mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=1
-        )
-    else:
-        return tl.inline_asm_elementwise(
-            "mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2
-        )
-
-
-@triton.jit
-def _as_operand(x, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, ASSEMBLY: tl.constexpr):
-    # cells with two gates [blocks, half, columns, side, warps, 8, 4, 2] -> [2 * BLOCK_H, BLOCK_N]
-    x = tl.permute(_opaque(x, ASSEMBLY), (7, 0, 4, 1, 5, 2, 6, 3))
-    return tl.reshape(x, (2 * BLOCK_H, BLOCK_N))
-
-
-@triton.jit
-def _upstream(
-    t,
-    dv,  # gradient of twice the sentence vector, cells
-    peak,
-    mask_ptr,
-    doutputs_ptrs,
-    first_token,
-    way,
-    length,
-    stride,  # of a token in doutputs
-    inside,  # whether a unit is one of the H
-    POOLING: tl.constexpr,
-    HAS_DOUTPUTS: tl.constexpr,
-):
-    # what reaches 2h after t steps from outside the recurrence
-    token = first_token + way * (t - 1)
-    valid = (t <= length) & (t > 0)
-    if POOLING == "mask":
-        m = tl.load(mask_ptr + token, mask=valid, other=0.0)
-        d = dv * _at_units(m.to(tl.float32))
-    elif POOLING == "max":
-        d = tl.where(peak == t - 1, dv, 0.0)
-    else:
-        d = tl.where(_at_units(length == t), dv, 0.0)
-    if HAS_DOUTPUTS:
-        pointers = doutputs_ptrs + _at_units(token) * stride
-        d += 0.5 * _load_cells_where(pointers, _at_units(valid) & inside, 7)
-    return d
 
 
 @triton.jit(do_not_specialize=["B", "T", "H", "zero"])
@@ -203,23 +121,22 @@ def _siamese_bwd_kernel(
     weight_ptr += direction * (2 * HALF)
     doutputs_ptrs = doutputs_ptr + direction * H + unit_apart
 
-    # gradient of the sentence vectors; of 2h, which is what the recurrence carries
-    offs = (_at_units(seq).to(tl.int64) * DIRECTIONS + direction) * H + unit_apart
-    inside = _at_units(live) & (unit < H)
-    dv = tl.zeros((BLOCKS, 2, COLUMNS, 2, WARPS, 8, 4), tl.float32)
-    if HAS_DVECTORS:
-        dv += _load_cells_where(dvectors_ptr + offs, inside, 7)
-    if HAS_DPAIR:
-        offs_other = (_at_units(other).to(tl.int64) * DIRECTIONS + direction) * H + unit_apart
-        own = _load_cells_where(vectors_ptr + offs, inside, 7)
-        its = _load_cells_where(vectors_ptr + offs_other, inside, 7)
-        sign = tl.where(own > its, 1.0, tl.where(own < its, -1.0, 0.0))
-        dpair = tl.load(dpair_ptr + (tl.minimum(seq, other)))
-        dv += sign * _at_units(dpair)
-    dv = 0.5 * dv
-    peak = tl.full(dv.shape, -1, tl.int32)
-    if POOLING == "max":
-        peak = _turn(tl.load(_turn(peaks_ptr + offs, 7), _turn(inside, 7), -1), 7)
+    dv, peak = _vector_gradient(
+        dpair_ptr,
+        dvectors_ptr,
+        vectors_ptr,
+        peaks_ptr,
+        seq,
+        other,
+        live,
+        direction,
+        unit_apart,
+        H,
+        DIRECTIONS,
+        POOLING,
+        HAS_DPAIR,
+        HAS_DVECTORS,
+    )
 
     # rows of steps behind a sequence's end are its last row's: finite, and its gradient is 0 there
     start = _at_units(way * last_gap).to(tl.int64)
@@ -351,7 +268,7 @@ def siamese_bwd(
     tile = _tiling.backward_tile(H, vectors.dtype, how.PRECISION, target)
     paired = dpair is not None
     B = N // 2 if paired else N
-    order = _tiling.pair_order(lengths, B, target)
+    order = _tiling.pair_order(lengths, B, target, P)
     words = _packing.table_dtype(vectors.dtype)
     _siamese_bwd_kernel[(triton.cdiv(N, tile.sequences), P)](
         dpair_ptr=vectors if dpair is None else dpair,

@@ -6,17 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastsiam.kernels import _packing, _packing_gru, _tiling
-from fastsiam.kernels._math import (
-    _direction,
-    _load_cells,
-    _load_cells_where,
-    _load_weight,
-    _product_streamed,
-    _sequences,
-    _store_cells,
-    _turn,
-)
-from fastsiam.kernels.siamese_bwd import (
+from fastsiam.kernels._backward import (
     _as_accumulator,
     _as_cells,
     _as_operand,
@@ -24,6 +14,15 @@ from fastsiam.kernels.siamese_bwd import (
     _gates,
     _load_gates,
     _upstream,
+    _vector_gradient,
+)
+from fastsiam.kernels._math import (
+    _direction,
+    _load_cells,
+    _load_weight,
+    _product_streamed,
+    _sequences,
+    _store_cells,
 )
 
 
@@ -101,23 +100,22 @@ def _siamese_gru_bwd_kernel(
     weight_ptr += direction * (3 * SQUARE)
     doutputs_ptrs = doutputs_ptr + direction * H + unit_apart
 
-    # gradient of the sentence vectors; of 2h, which is what the recurrence carries
-    offs = (_at_units(seq).to(tl.int64) * DIRECTIONS + direction) * H + unit_apart
-    inside = _at_units(live) & (unit < H)
-    dv = tl.zeros((BLOCKS, 2, COLUMNS, 2, WARPS, 8, 4), tl.float32)
-    if HAS_DVECTORS:
-        dv += _load_cells_where(dvectors_ptr + offs, inside, 7)
-    if HAS_DPAIR:
-        offs_other = (_at_units(other).to(tl.int64) * DIRECTIONS + direction) * H + unit_apart
-        own = _load_cells_where(vectors_ptr + offs, inside, 7)
-        its = _load_cells_where(vectors_ptr + offs_other, inside, 7)
-        sign = tl.where(own > its, 1.0, tl.where(own < its, -1.0, 0.0))
-        dpair = tl.load(dpair_ptr + (tl.minimum(seq, other)))
-        dv += sign * _at_units(dpair)
-    dv = 0.5 * dv
-    peak = tl.full(dv.shape, -1, tl.int32)
-    if POOLING == "max":
-        peak = _turn(tl.load(_turn(peaks_ptr + offs, 7), _turn(inside, 7), -1), 7)
+    dv, peak = _vector_gradient(
+        dpair_ptr,
+        dvectors_ptr,
+        vectors_ptr,
+        peaks_ptr,
+        seq,
+        other,
+        live,
+        direction,
+        unit_apart,
+        H,
+        DIRECTIONS,
+        POOLING,
+        HAS_DPAIR,
+        HAS_DVECTORS,
+    )
 
     # rows of steps behind a sequence's end are its last row's: finite, and its gradient is 0 there
     start = _at_units(way * tl.maximum(last_gap, begin)).to(tl.int64)
@@ -246,7 +244,7 @@ def siamese_gru_bwd(
     tile = _tiling.backward_tile(H, vectors.dtype, how.PRECISION, target)
     paired = dpair is not None
     B = N // 2 if paired else N
-    order = _tiling.pair_order(lengths, B, target)
+    order = _tiling.pair_order(lengths, B, target, P)
     words = _packing.table_dtype(vectors.dtype)
     _siamese_gru_bwd_kernel[(triton.cdiv(N, tile.sequences), P)](
         dpair_ptr=vectors if dpair is None else dpair,

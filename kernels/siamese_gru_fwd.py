@@ -6,6 +6,16 @@ import triton.language as tl
 from torch import Tensor
 
 from fastsiam.kernels import _packing_gru, _tiling
+from fastsiam.kernels._forward import (
+    _as_accumulator,
+    _as_gates,
+    _at_units,
+    _finish,
+    _gate_pairs,
+    _load_rows,
+    _pool,
+    _row_at,
+)
 from fastsiam.kernels._math import (
     _direction,
     _load_weight,
@@ -13,14 +23,6 @@ from fastsiam.kernels._math import (
     _sequences,
     _store_cells,
     _tanh,
-)
-from fastsiam.kernels.siamese_fwd import (
-    _as_accumulator,
-    _as_gates,
-    _at_units,
-    _gate_pairs,
-    _load_rows,
-    _row_at,
 )
 
 
@@ -77,9 +79,10 @@ def _siamese_gru_fwd_kernel(
         lengths_ptr, order_ptr, B, T, COLUMNS, PAIRED, HAS_ORDER
     )
     last = length - 1
-    # a finished sequence runs on over its last token, unseen: no load in the loop has a mask
-    final = tl.maximum(last, 0)
-    first_token = seq.to(tl.int64) * T + direction * final
+    # a finished sequence runs on, unseen, so that no load in the loop has a mask: over what stands
+    # behind its end; backwards over its first token, as before it may be no memory of ours
+    first_token = seq.to(tl.int64) * T + direction * tl.maximum(last, 0)
+    final = T - 1 if DIRECTIONS == 1 else tl.maximum(last, 0)
     token = first_token.to(tl.int32)
     # records stand at the T + 1 gaps between tokens: a step's at the gap where it ends
     gap = seq * (T + 1) + direction * length + way
@@ -124,18 +127,8 @@ def _siamese_gru_fwd_kernel(
         # with sigmoid(x) = (1 + tanh(x / 2)) / 2; h is twice the state
         n = _tanh(r * y + (n + y), APPROXIMATE)
         h = z * (0.5 * h - n) + (0.5 * h + n)
-        if POOLING == "mask":
-            inside = t <= last
-            m = tl.load(mask_ptr + (first_token + way * t), mask=inside, other=0.0)
-            v += _at_units(m.to(tl.float32)) * tl.where(_at_units(inside), h, 0.0)
-        elif POOLING == "max":
-            # so that a nan is the largest; the first of equal ones stays
-            higher = _at_units(t <= last) & ~(h <= v)
-            v = tl.where(higher, h, v)
-            if STORE_RECORDS:
-                peak = tl.where(higher, t, peak)
-        else:
-            v = tl.where(_at_units(t == last), h, v)
+        token_weights = mask_ptr + (first_token + way * t)
+        v, peak = _pool(v, peak, h, t, last, token_weights, POOLING, STORE_RECORDS)
 
         a = _as_accumulator(_gate_pairs(x_next, DTYPE), BLOCK_H, BLOCK_N)
         x_next = x_after
@@ -170,25 +163,29 @@ def _siamese_gru_fwd_kernel(
             _store_cells(outputs_ptrs + at, 0.5 * h, inside, 6)
             token += way
 
-    if POOLING == "max":
-        v = tl.where(_at_units(length > 0), v, 0.0)
-    v = 0.5 * v
-    offs = (_at_units(seq).to(tl.int64) * DIRECTIONS + direction) * H + unit
-    inside = _at_units(live) & (unit < H)
-    tl.store(vectors_ptr + offs, v.to(DTYPE), mask=inside)
-    if POOLING == "max" and STORE_RECORDS:
-        tl.store(peaks_ptr + offs, peak, mask=inside)
-    if PAIRED:
-        left, right = tl.split(tl.permute(v, (0, 1, 3, 4, 5, 2)))
-        distance = tl.sum(tl.sum(tl.sum(tl.abs(left - right), 3), 2), 0)
-        # the left one of a pair's sequences has the pair's number
-        pair = tl.min(tl.minimum(seq, other), 1)
-        live = tl.max(live.to(tl.int32), 1) > 0
-        tl.store(distance_ptr + direction * B + pair, distance, mask=live)
-        if DIRECTIONS == 1:
-            if HAS_LEARNED_SCALE:
-                scale = tl.load(learned_scale_ptr).to(tl.float32)
-            tl.store(similarity_ptr + pair, tl.exp(-scale * distance), mask=live)
+    _finish(
+        v,
+        peak,
+        seq,
+        other,
+        live,
+        length,
+        direction,
+        unit,
+        learned_scale_ptr,
+        similarity_ptr,
+        distance_ptr,
+        vectors_ptr,
+        peaks_ptr,
+        scale,
+        B,
+        H,
+        DIRECTIONS,
+        POOLING,
+        PAIRED,
+        HAS_LEARNED_SCALE,
+        STORE_RECORDS,
+    )
 
 
 def siamese_gru_fwd(
@@ -234,8 +231,9 @@ def siamese_gru_fwd(
         return similarity, distance[0], vectors, outputs, gates, cells, states, peaks
     target = _tiling.target_of(vectors.device)
     how = _tiling.arithmetic(dtype, allow_tf32, target)
-    tile = _tiling.forward_tile(H, dtype, how.PRECISION, target)
-    order = _tiling.pair_order(lengths, B, target)
+    each = _tiling.programs_each(lengths, P, target)
+    tile = _tiling.forward_tile(H, dtype, how.PRECISION, target, each)
+    order = _tiling.pair_order(lengths, B, target, P)
     _siamese_gru_fwd_kernel[(triton.cdiv(N, tile.sequences), P)](
         table_ptr=table,
         weight_ptr=weight,
