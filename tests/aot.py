@@ -34,8 +34,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastsiam.kernels import _tiling
+from fastsiam.kernels.pairwise import _manhattan_pairs_kernel
 from fastsiam.kernels.siamese_bwd import _siamese_bwd_kernel
 from fastsiam.kernels.siamese_fwd import _siamese_fwd_kernel
+from fastsiam.kernels.siamese_gru_bwd import _siamese_gru_bwd_kernel
+from fastsiam.kernels.siamese_gru_fwd import _siamese_gru_fwd_kernel
 
 TARGETS = tuple(_tiling.SHARED_BYTES)
 DTYPES = ("bfloat16", "float16", "tf32", "float32")
@@ -55,6 +58,7 @@ BOTH_WAYS = {"DIRECTIONS": 2}
 MAXIMUM = {"POOLING": "max"}
 MASKED = {"POOLING": "mask"}
 PLAIN = ("siamese_fwd", "siamese_fwd_train", "siamese_bwd")
+GRU = ("siamese_gru_fwd", "siamese_gru_fwd_train", "siamese_gru_bwd")
 KERNELS = {
     "siamese_fwd": (_siamese_fwd_kernel, PLAIN_FWD),
     "siamese_fwd_train": (_siamese_fwd_kernel, TRAIN),
@@ -77,6 +81,19 @@ KERNELS = {
     "siamese_bwd_both_ways": (_siamese_bwd_kernel, PLAIN_BWD | BOTH_WAYS),
     "siamese_bwd_max": (_siamese_bwd_kernel, PLAIN_BWD | MAXIMUM),
     "siamese_bwd_outputs": (_siamese_bwd_kernel, PLAIN_BWD | {"HAS_DOUTPUTS": True}),
+    "siamese_gru_fwd": (_siamese_gru_fwd_kernel, PLAIN_FWD),
+    "siamese_gru_fwd_train": (_siamese_gru_fwd_kernel, TRAIN),
+    "siamese_gru_bwd": (_siamese_gru_bwd_kernel, PLAIN_BWD),
+    "siamese_gru_fwd_both_ways": (_siamese_gru_fwd_kernel, PLAIN_FWD | BOTH_WAYS),
+    "siamese_gru_fwd_train_max": (_siamese_gru_fwd_kernel, TRAIN | MAXIMUM),
+    "siamese_gru_fwd_train_mask": (_siamese_gru_fwd_kernel, TRAIN | MASKED),
+    "siamese_gru_fwd_train_outputs": (_siamese_gru_fwd_kernel, TRAIN | {"STORE_OUTPUTS": True}),
+    "siamese_gru_bwd_both_ways": (_siamese_gru_bwd_kernel, PLAIN_BWD | BOTH_WAYS),
+    "siamese_gru_bwd_max": (_siamese_gru_bwd_kernel, PLAIN_BWD | MAXIMUM),
+    "siamese_gru_bwd_encode": (_siamese_gru_bwd_kernel, ENCODE_BWD),
+    "siamese_gru_bwd_outputs": (_siamese_gru_bwd_kernel, PLAIN_BWD | {"HAS_DOUTPUTS": True}),
+    # its loop is over features, and H says nothing
+    "manhattan_pairs": (_manhattan_pairs_kernel, {"BLOCK_Q": 64, "BLOCK_M": 128}),
 }
 # of the step loop on sm_90, instructions of one warp at most: kernel, dtype, block of H, warps
 BOUNDS = {
@@ -93,8 +110,20 @@ BOUNDS = {
     ("siamese_bwd", "bfloat16", 64, 4): 175,
     ("siamese_bwd", "bfloat16", 128, 8): 205,
     ("siamese_bwd", "tf32", 64, 4): 220,
+    ("siamese_gru_fwd", "bfloat16", 64, 4): 115,
+    ("siamese_gru_fwd", "bfloat16", 64, 8): 72,
+    ("siamese_gru_fwd", "bfloat16", 128, 8): 135,
+    ("siamese_gru_fwd", "tf32", 64, 8): 90,
+    ("siamese_gru_fwd_train", "bfloat16", 64, 4): 155,
+    ("siamese_gru_fwd_train", "bfloat16", 64, 8): 100,
+    ("siamese_gru_fwd_train", "bfloat16", 128, 8): 175,
+    ("siamese_gru_fwd_train", "tf32", 64, 8): 114,
+    ("siamese_gru_bwd", "bfloat16", 64, 4): 175,
+    ("siamese_gru_bwd", "bfloat16", 128, 8): 205,
+    ("siamese_gru_bwd", "tf32", 64, 4): 195,
+    ("manhattan_pairs", "float32", 64, 4): 165,
 }
-VARIANTS = tuple(kernel for kernel in KERNELS if kernel not in PLAIN)
+VARIANTS = tuple(kernel for kernel in KERNELS if kernel not in (*PLAIN, *GRU, "manhattan_pairs"))
 # of a test run: every bound that is promised on sm_90, and the hardest shape elsewhere
 _QUICK = {
     *itertools.product(PLAIN, ("sm_90",), DTYPES[:3], (64,)),
@@ -105,6 +134,9 @@ _QUICK = {
     ("siamese_fwd_train", "sm_86", "float32", 128),
     ("siamese_bwd", "sm_90", "tf32", 128),
     ("siamese_bwd", "gfx942", "float32", 64),
+    *itertools.product(GRU, ("sm_90",), ("bfloat16", "tf32"), (64,)),
+    *itertools.product(GRU, ("sm_90",), ("bfloat16",), (128,)),
+    *itertools.product(GRU[1:], ("sm_86",), ("bfloat16",), (128,)),
 }
 
 
@@ -142,6 +174,8 @@ def tile_of(kernel: str, H: int, dtype: str, target: str, num_warps: int | None)
     how = arithmetic(dtype, target)
     choose = _tiling.backward_tile if "_bwd" in kernel else _tiling.forward_tile
     tile = choose(H, torch_dtype(dtype), how.PRECISION, target)
+    if kernel == "manhattan_pairs":
+        num_warps = 4
     return tile if num_warps is None else tile._replace(num_warps=num_warps)
 
 
@@ -195,8 +229,8 @@ def compile_job(job: Job) -> Any:
             signature[name] = types.get(name, "*fp32" if name.endswith("_ptr") else "i32")
     aligned = {
         (i,): [["tt.divisibility", 16]]
-        for i, kind in enumerate(signature.values())
-        if kind.startswith("*")
+        for i, (name, kind) in enumerate(signature.items())
+        if kind.startswith("*") or name.startswith("stride")
     }
     constants = {name: constants[name] for name in signature if name in constants}
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=aligned)
@@ -251,10 +285,21 @@ def jobs(quick: bool) -> list[Job]:
             continue
         if not quick or (kernel, target, dtype, H) in _QUICK:
             plan.append((kernel, target, dtype, H, None))
+    # the GRU's tiles are the LSTM's, and hold less: two dtypes show them elsewhere
+    for kernel, target, dtype, H in itertools.product(GRU, TARGETS, DTYPES, (64, 128)):
+        if target != "sm_90" and dtype not in ("bfloat16", "tf32"):
+            continue
+        if not quick or (kernel, target, dtype, H) in _QUICK:
+            plan.append((kernel, target, dtype, H, None))
+    targets = ("sm_90", "gfx942") if quick else TARGETS
+    plan += [("manhattan_pairs", target, "float32", 64, None) for target in targets]
     for kernel, dtype in itertools.product(PLAIN[:2], ("bfloat16", "tf32")):
         # beside the 8 warps that are offered
         plan.append((kernel, "sm_90", dtype, 64, 4))
+    plan += [(kernel, "sm_90", "bfloat16", 64, 4) for kernel in GRU[:2]]
     for kernel in VARIANTS:
+        if quick and "gru" in kernel:
+            continue
         # a variant differs from its kernel by a few instructions: one target says enough
         shapes = (
             [("bfloat16", 64)] if quick else [("bfloat16", 64), ("bfloat16", 128), ("tf32", 64)]
@@ -305,7 +350,7 @@ def _disassemble(cubin: bytes) -> tuple[str, str]:
 
 
 def _loop_counts(listing: str) -> dict[str, int | None]:
-    """Count the instructions of the innermost loop that multiplies matrices."""
+    """Count the instructions of the innermost loop that multiplies matrices, or adds a lot."""
     labels: dict[str, int] = {}
     code: list[str] = []
     for line in listing.splitlines():
@@ -318,7 +363,7 @@ def _loop_counts(listing: str) -> dict[str, int | None]:
         jump = re.search(r"BRA.*`\(\.(L_x_\d+)\)", text)
         if jump and labels.get(jump[1], end) < end:
             body = Counter(_opcode(each) for each in code[labels[jump[1]] : end + 1])
-            if body["HMMA"] or body["HGMMA"] or body["UTCHMMA"]:
+            if body["HMMA"] or body["HGMMA"] or body["UTCHMMA"] or body["FADD"] >= 128:
                 bodies.append(body)
     if not bodies:
         return {}

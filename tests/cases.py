@@ -38,6 +38,7 @@ class Case:
     strided: bool = False
     learned_scale: bool = False
     call: str = "similarity"  # or "log_similarity", "encode": what gradients come from
+    cell: str = "lstm"  # or "gru"
 
     @property
     def scale(self) -> float:
@@ -50,7 +51,7 @@ class Case:
         words += [self.lengths, self.inputs.replace(", ", "-"), self.call]
         words += [self.pooling] * (self.pooling != "last") + ["strided"] * self.strided
         words += ["both-ways"] * (self.directions == 2) + ["stacked"] * (self.layers > 1)
-        return "-".join(words)
+        return "-".join(words + [self.cell] * (self.cell != "lstm"))
 
 
 FACTORS: dict[str, tuple[Any, ...]] = {
@@ -145,12 +146,13 @@ def make_inputs(case: Case) -> Inputs:
         )
 
     leaves = {}
+    gates = {"lstm": 4, "gru": 3}[case.cell] * H
     for name, columns in weight_names(case):
-        leaves[f"weight_ih{name}"] = rounded(randn(4 * H, columns) / columns**0.5)
-        leaves[f"weight_hh{name}"] = rounded(randn(4 * H, H) / H**0.5)
+        leaves[f"weight_ih{name}"] = rounded(randn(gates, columns) / columns**0.5)
+        leaves[f"weight_hh{name}"] = rounded(randn(gates, H) / H**0.5)
         if case.bias:
-            leaves[f"bias_ih{name}"] = rounded(randn(4 * H))
-            leaves[f"bias_hh{name}"] = rounded(randn(4 * H))
+            leaves[f"bias_ih{name}"] = rounded(randn(gates))
+            leaves[f"bias_hh{name}"] = rounded(randn(gates))
     if case.learned_scale:
         leaves["scale"] = torch.tensor(case.scale, dtype=torch.float32).double()
     sides = {"left": case.T_left, "right": case.T_right}
@@ -234,6 +236,7 @@ def compute(case: Case, inputs: Inputs, backend: str, dtype: torch.dtype) -> Res
     options = {
         "embedding": given.pop("embedding", None),
         "backend": backend,
+        "cell": case.cell,
         "bidirectional": case.directions == 2,
         "pooling": "last" if case.pooling == "mask" else case.pooling,
     }
@@ -322,13 +325,22 @@ def _encode(
         vectors = []
         for reverse in (False, True)[: case.directions]:
             name = f"_l{layer}" + "_reverse" * reverse
-            bias = given["bias_ih" + name] + given["bias_hh" + name] if case.bias else None
-            weights = given["weight_ih" + name], given["weight_hh" + name], bias
-            states = reference.lstm_states(x, lengths, *weights, reverse)
+            weights = given["weight_ih" + name], given["weight_hh" + name], _bias(case, given, name)
+            states = reference.STATES[case.cell](x, lengths, *weights, reverse)
             directions.append(states)
             vectors.append(reference.pool(states, lengths, pooling, mask, reverse))
         x = torch.cat(directions, dim=2)
     return torch.cat(vectors, dim=1)
+
+
+def _bias(case: Case, given: dict[str, Any], name: str) -> Tensor | None:
+    if not case.bias:
+        return None
+    of_input, of_state = given["bias_ih" + name], given["bias_hh" + name]
+    if case.cell == "lstm":
+        return of_input + of_state
+    both = 2 * case.H
+    return torch.cat((of_input[:both] + of_state[:both], of_input[both:], of_state[both:]))
 
 
 # only compiled: rows enough to be grouped by length on any GPU, long sequences, many words
