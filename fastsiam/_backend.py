@@ -13,6 +13,8 @@ from fastsiam._measured import Call, nearest
 BACKENDS = ("auto", "triton", "torch", "lstm", "reference")
 MAX_TRITON_HIDDEN = 128
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# asked once, here: torch.compile does not look into find_spec
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 class Choice(NamedTuple):
@@ -57,7 +59,7 @@ def resolve_backend(
         return Choice(backend, "named by the caller")
     obstacle = _triton_obstacle(device, dtype, H)
     if backend == "triton":
-        if importlib.util.find_spec("triton") is None:
+        if not HAS_TRITON:
             raise ImportError(
                 f"{who}: backend 'triton' needs the package triton, which is not installed; "
                 "pip install triton (Linux), or pass backend='torch'"
@@ -82,7 +84,7 @@ def _by_rule(device: torch.device, obstacle: str, otherwise: str) -> Choice:
         return Choice("torch", f"inputs are on {device.type}, and triton's kernels run on cuda")
     if obstacle:
         return Choice(otherwise, obstacle)
-    if importlib.util.find_spec("triton") is None:
+    if not HAS_TRITON:
         return Choice(otherwise, "triton is not installed")
     return Choice("triton", "inputs are on cuda and the kernels cover this shape")
 
