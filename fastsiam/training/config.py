@@ -14,8 +14,8 @@ from fastsiam._backend import BACKENDS
 LEARNING_RATES = {"adam": 2e-3, "adadelta": 1.0}  # where none is given
 FORGET_BIASES = {"orig": 2.5, "seed": 1.0, "pytorch": None}  # None: as drawn
 
-# what each recipe sets apart from the defaults of Config. Where the rate falls to 0 the last epoch is
-# kept: a few hundred dev pairs tell the epochs apart no better than chance
+# what each recipe sets apart from the defaults of Config. Where the rate falls to 0 the last epoch
+# is kept: a few hundred dev pairs tell the epochs apart no better than chance
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         # the TensorFlow 1 program, but for its faults: Adadelta takes its own steps and not 1e-4
