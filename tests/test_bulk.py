@@ -281,6 +281,18 @@ def test_output_that_is_no_plain_file(tmp_path):
     assert got == [(tmp_path / "behind").read_bytes()]
 
 
+@pytest.mark.parametrize("write_file", [score_file, encode_file])
+def test_an_interrupted_command_leaves_the_old_file(tmp_path, write_file):
+    def stop(tally):
+        raise KeyboardInterrupt
+
+    source, out = write(tmp_path / "x", table(PAIRS)), write(tmp_path / "out", "old")
+    with pytest.raises(KeyboardInterrupt):
+        write_file(make_model(), source, out, on_block=stop)
+    assert out.read_text() == "old"
+    assert set(tmp_path.iterdir()) == {source, out}
+
+
 def test_vectors_need_a_file(capfd, tmp_path):
     with pytest.raises(ValueError, match="encode_file: out must be a file and no pipe"):
         encode_file(make_model(), write(tmp_path / "x", "a"), "-")

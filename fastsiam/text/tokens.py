@@ -4,7 +4,7 @@ nltk takes 100 us for a sentence. Its rules look past a blank in two places only
 asks whether the sentence begins before it, and a full stop whether it ends behind it. Between
 blanks a sentence therefore falls into parts whose tokens depend on the part and on whether an end
 of the sentence touches it. Most parts come again, and most of those that do not are plain words,
-whose tokens are plain too: nltk is asked once about each of the others.
+whose tokens are plain too: nltk is asked once about each of the others. docs/tokens.md says why.
 """
 
 from __future__ import annotations
