@@ -58,19 +58,19 @@ gpu: gpu-test gpu-sanitize gpu-bench
 gpu-test: gpu-test-1 gpu-test-2
 
 gpu-test-1:
-	PYTHONPATH=. $(GPU_PYTHON) -m pytest -n $(GPU_WORKERS) $(GPU_TESTS_1)
+	PYTHONPATH=.:$(PYTHONPATH) $(GPU_PYTHON) -m pytest -n $(GPU_WORKERS) $(GPU_TESTS_1)
 gpu-test-2:
-	PYTHONPATH=. $(GPU_PYTHON) -m pytest -n $(GPU_WORKERS) $(GPU_TESTS_2)
+	PYTHONPATH=.:$(PYTHONPATH) $(GPU_PYTHON) -m pytest -n $(GPU_WORKERS) $(GPU_TESTS_2)
 
 # one small case an op: the tool slows a kernel down a hundredfold
 gpu-sanitize:
-	PYTHONPATH=. PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
+	PYTHONPATH=.:$(PYTHONPATH) PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
 		$(GPU_PYTHON) -m pytest -p no:cacheprovider -m gpu -k sanitize $(GPU_TESTS_1) $(GPU_TESTS_2)
 
 gpu-bench: gpu-bench-a gpu-bench-b gpu-bench-b2 gpu-bench-c gpu-bench-d gpu-bench-more
 
 gpu-bench-a gpu-bench-b gpu-bench-b2 gpu-bench-c gpu-bench-d gpu-bench-more:
-	PYTHONPATH=. $(GPU_PYTHON) -m pytest $(BENCH) --cases "$(CASES)"
+	PYTHONPATH=.:$(PYTHONPATH) $(GPU_PYTHON) -m pytest $(BENCH) --cases "$(CASES)"
 gpu-bench-a: CASES = A
 gpu-bench-b: CASES = B
 gpu-bench-b2: CASES = B'
@@ -79,7 +79,7 @@ gpu-bench-d: CASES = D
 gpu-bench-more: CASES = both ways,GRU
 
 gpu-auto:
-	PYTHONPATH=. $(GPU_PYTHON) -m benchmarks.auto
+	PYTHONPATH=.:$(PYTHONPATH) $(GPU_PYTHON) -m benchmarks.auto
 
 bench: $(VENV)/.made-test
 	$(BIN)/python -m pytest $(BENCH)

@@ -6,6 +6,7 @@ vectors, [2B, H] for each direction.
 """
 
 import copy
+import importlib.util
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks import public
 from benchmarks.cases import SCALE, Batch, Case, Sentences, make_weights
 from fastsiam import SiameseGRU, SiameseLSTM, functional
 from fastsiam.graph import WARMUP, GraphedStep
@@ -206,11 +208,17 @@ class Contender:
     only_in: str | None = None  # a setting
     only_for: str | None = None  # a pass
     not_in_graph: str | None = None  # the reason
+    needs: str | None = None  # a package that is no dependency
+    dtypes: tuple[str, ...] | None = None
 
     def why_not(self, case: Case, device: str, setting: str, work: str) -> str | None:
         """Return why there is nothing to time here, or None."""
         if self.only_on not in (None, device):
             return f"{self.name} runs on {self.only_on} only"
+        if self.needs and importlib.util.find_spec(self.needs) is None:
+            return f"{self.name} is not installed; benchmarks/rivals.md says how"
+        if self.dtypes and case.dtype not in self.dtypes:
+            return f"{self.name} is set up for {' and '.join(self.dtypes)} only"
         if self.only_in not in (None, setting):
             return f"{self.name} is of use in a {self.only_in} only"
         if self.only_for not in (None, work):
@@ -219,8 +227,9 @@ class Contender:
             return f"{self.name} in a CUDA graph: {self.not_in_graph}"
         if self.name == "fastsiam triton" and case.H > 128:
             return "fastsiam triton covers H up to 128"
-        if self.name == "step by step" and (case.cell == "gru" or case.bidirectional):
-            return "step by step is written for an LSTM in one direction"
+        one_lstm = case.cell == "lstm" and not case.bidirectional and case.pooling == "last"
+        if (self.name == "step by step" or self.needs) and not one_lstm:
+            return f"{self.name} is written for the last state of an LSTM in one direction"
         if self.name == "compiled" and device == "cpu":
             return (
                 "compiled: on a CPU nn.LSTM is nearly all of the time, and compiling leaves it be"
@@ -262,6 +271,29 @@ CONTENDERS = [
         not_in_graph="torch.compile may recompile in a capture",
     ),
     Contender("step by step", rival(step_by_step), only_on="cuda", only_in="graph"),
+    Contender(
+        "TorchRL",
+        rival(public.torchrl_padded),
+        only_on="cuda",
+        needs="torchrl",
+        dtypes=("tf32",),  # it takes float32 alone
+    ),
+    Contender(
+        "FlashRNN",
+        rival(public.flashrnn_padded),
+        only_on="cuda",
+        only_in="eager",
+        needs="flashrnn",
+        dtypes=("bfloat16",),
+    ),
+    Contender(
+        "FastLSTM",
+        rival(public.fastlstm_padded),
+        only_on="cuda",
+        only_in="eager",  # where it pays, it replays graphs of its own
+        needs="fastlstm",
+        dtypes=("tf32", "bfloat16"),
+    ),
 ]
 
 

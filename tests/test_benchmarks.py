@@ -278,3 +278,18 @@ def test_a_gpu_machine_runs_every_test_that_needs_one():
     # these compile without a GPU, in an environment or process of their own
     wanted -= {"test_aot.py", "test_packaging.py"}
     assert wanted <= set(re.findall(r"test_\w+\.py", done.stdout))
+
+
+def test_public_kernels_are_skipped_where_they_are_not_installed():
+    (public, *_) = [c for c in CONTENDERS if c.name == "TorchRL"]
+    case = next(case for case in GPU_CASES if case.name == "A" and case.dtype == "tf32")
+    missing = dataclasses.replace(public, needs="no_such_package")
+    assert "is not installed" in missing.why_not(case, "cuda", "eager", "scoring")
+    here = dataclasses.replace(public, needs="torch")
+    assert here.why_not(case, "cuda", "eager", "scoring") is None
+    assert "tf32 only" in here.why_not(
+        dataclasses.replace(case, dtype="bfloat16"), "cuda", "eager", "scoring"
+    )
+    assert "one direction" in here.why_not(
+        dataclasses.replace(case, bidirectional=True), "cuda", "eager", "scoring"
+    )
