@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import pickle
-import shutil
 
 import pytest
 import torch
@@ -605,16 +604,13 @@ def test_an_interrupted_ensemble_is_resumed(files):
     options = {"ensemble": 2, "calibrate": True, "folds": 2, "epochs": 2}
     whole = make_config(files, **options)
     run_recipe(whole)
-    for epochs in (3, 6):  # in the second member, in a fold
-        cut = make_config(files, out=whole.out.with_name("cut"), **options)
-        result = run_recipe(cut, Interrupter(epochs=epochs))
-        assert result.interrupted
-        assert not (cut.out / "run.json").exists()
-        resumed = run_recipe(dataclasses.replace(cut, resume=True))
-        assert not resumed.interrupted
-        for name in ("model.safetensors", "config.json", "predictions.tsv"):
-            assert (cut.out / name).read_bytes() == (whole.out / name).read_bytes()
-        shutil.rmtree(cut.out)
+    cut = make_config(files, out=whole.out.with_name("cut"), **options)
+    assert run_recipe(cut, Interrupter(epochs=6)).interrupted  # in a fold, the members done
+    assert not (cut.out / "run.json").exists()
+    resumed = run_recipe(dataclasses.replace(cut, resume=True))
+    assert not resumed.interrupted
+    for name in ("model.safetensors", "config.json", "predictions.tsv"):
+        assert (cut.out / name).read_bytes() == (whole.out / name).read_bytes()
 
 
 def test_evaluate_shows_both_figures_of_a_calibrated_model(files):
