@@ -314,11 +314,13 @@ def siamese_bwd(
         dscale = -(dsim * sim * distance).sum().reshape(1)
     of_layer = x, ids, lengths, mask, weight_ih, weight_hh
     how = steps, pooling, need_dx, allow_tf32, cell, backend
-    if recompute:
-        grads = _layer.gradients_in_parts(dpair, dh, doutputs, *of_layer, bias, h, *how)
-    else:
-        saved = batched.Saved(gates, c, states, peaks)
-        grads = _layer.gradients(dpair, dh, doutputs, *of_layer, h, saved, *how)
+    # the forward's dtypes hold, also where backward is called under autocast
+    with torch.autocast(x.device.type, enabled=False):
+        if recompute:
+            grads = _layer.gradients_in_parts(dpair, dh, doutputs, *of_layer, bias, h, *how)
+        else:
+            saved = batched.Saved(gates, c, states, peaks)
+            grads = _layer.gradients(dpair, dh, doutputs, *of_layer, h, saved, *how)
     return *grads, dscale
 
 

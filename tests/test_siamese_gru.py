@@ -10,7 +10,7 @@ from torch import nn
 from torch.library import opcheck
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from fastsiam import SiameseGRU, _ops, reference
+from fastsiam import SiameseGRU, SiameseLSTM, _ops, reference
 
 # the frame around a cell is tested with the LSTM's; few cases, and short ones, as interpreted
 # kernels are slow
@@ -183,6 +183,24 @@ def test_results_are_repeatable_and_a_pair_alone_is_the_same(fused_backend):
     tolerance = 0 if fused_backend == "triton" else 8 * torch.finfo().eps
     torch.testing.assert_close(alone, together[4:], rtol=tolerance, atol=0)
     torch.testing.assert_close(itself, torch.ones_like(itself), rtol=tolerance, atol=0)
+
+
+@pytest.mark.parametrize("kind", [SiameseGRU, SiameseLSTM])
+def test_backward_under_autocast(fused_backend, kind):
+    torch.manual_seed(0)
+    m = kind(5, 6, embedding=torch.randn(9, 5), freeze_embedding=False, backend=fused_backend)
+    m, ids = m.to(DEVICE), torch.randint(9, (2, 2, 3), device=DEVICE)
+    gradients = []
+    for inside in (False, True):
+        m.zero_grad()
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
+            similarity = m(*ids)
+        with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=inside):
+            similarity.sum().backward()
+        gradients.append([parameter.grad for parameter in m.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        assert one.dtype == torch.float32
+        assert torch.equal(one, other)
 
 
 def test_operators_are_registered_as_pytorch_wants(fused_backend):
