@@ -10,9 +10,11 @@ import torch
 from scipy.stats import pearsonr, spearmanr
 from tiny import write_files
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from fastsiam.training import Checkpoint, MeanSquaredError, Phase, fit
 from fastsiam.training.config import Config
+from fastsiam.training.epoch import run_epoch
 from fastsiam.training.evaluate import Metrics
 from fastsiam.training.guard import LIMIT, Guard, NotFiniteError
 from fastsiam.training.loop import train
@@ -186,6 +188,23 @@ def test_a_bad_step_changes_nothing(name, value):
     for key, tensor in optimizer.state_dict()["state"][0].items():
         if tensor is not None:
             assert torch.equal(state[0][key], tensor), key
+
+
+@pytest.mark.parametrize("name", ["Adam", "Adadelta"])
+def test_no_step_asks_for_a_value(name):
+    """Fake tensors have no values: reading one, which on a GPU would wait for it, raises."""
+    with FakeTensorMode():
+        source = Rows()
+        objective = MeanSquaredError(Line())
+        if name == "Adam":
+            optimizer = torch.optim.Adam(objective.parameters(), fused=True)
+        else:
+            optimizer = torch.optim.Adadelta(objective.parameters())
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 9)
+        batches = [torch.arange(7)] * 3
+        running = run_epoch(objective, source, batches, optimizer, schedule, clip=0.5)
+        with pytest.raises(DataDependentOutputException):
+            running.norms[0].item()
 
 
 def test_after_ten_in_a_row_nothing_moves_any_more():
