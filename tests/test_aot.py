@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed, so there is nothing to compile")
 
-from aot import BOUNDS
+from aot import BOUNDS, GRU, PLAIN
 
 ROOT = Path(__file__).parents[1]
 
@@ -52,7 +52,7 @@ def test_step_loop_is_as_short_as_promised(rows, shape):
     assert row["spill_bytes"] == 0
 
 
-@pytest.mark.parametrize("kernel", ["siamese_fwd", "siamese_fwd_train"])
+@pytest.mark.parametrize("kernel", [*PLAIN[:2], *GRU[:2]])
 def test_recurrent_weight_is_not_read_in_the_loop(rows, kernel):
     # two matrix loads bring the state of 8 sequences; the weight would take 16 more
     found = [
