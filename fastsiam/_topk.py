@@ -12,9 +12,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# pairs computed at once: on the CPU what a core's own cache holds
-PAIRS = {"cpu": 2**18}
-PAIRS_ELSEWHERE = 2**24
+# pairs computed at once, on the CPU what a core's own cache holds; and numbers in the piece of the
+# corpus they are computed from, of which there may be a copy
+LIMITS = {"cpu": (2**18, 2**22)}
+LIMITS_ELSEWHERE = (2**24, 2**26)
 # queries at once, so that a piece of the corpus is long where there are many of both
 QUERIES = 1024
 # features from which three passes over rows in cache beat torch.cdist on the CPU, and the numbers
@@ -60,11 +61,11 @@ def manhattan_topk(
     Returns:
         [Q, k] float32 ascending, NaN last, and [Q, k] int64.
     """
-    Q, M = queries.shape[0], corpus.shape[0]
+    Q, M, F = queries.shape[0], *corpus.shape
     device = queries.device
-    together = PAIRS.get(device.type, PAIRS_ELSEWHERE)
+    together, numbers = LIMITS.get(device.type, LIMITS_ELSEWHERE)
     rows = max(1, min(Q, QUERIES, together // k))
-    span = max(k, together // rows)
+    span = max(1, min(together // rows, numbers // max(1, F)))
     best = torch.empty(Q, k, device=device, dtype=torch.int64)
     for first in range(0, Q, rows):
         some = queries[first : first + rows]

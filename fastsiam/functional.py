@@ -288,9 +288,7 @@ def manhattan_topk(
             f"{who}: backend must be auto, triton or torch, got {backend!r}; pass backend='torch'"
         )
     with torch.no_grad(), torch.autocast(queries.device.type, enabled=False):
-        distance, index = _ops.manhattan_topk(
-            queries.contiguous(), corpus.contiguous(), k, choice.backend
-        )
+        distance, index = _ops.manhattan_topk(queries, corpus, k, choice.backend)
         return torch.exp(distance * -scale).float(), index
 
 

@@ -63,12 +63,17 @@ def test_pieces_change_no_bit(backend, F, monkeypatch, request):
     queries, corpus = (torch.randn(n, F, generator=made).to(DEVICE) for n in (5, 101))
     corpus[50:] = corpus[:51].clone()
     whole = manhattan_topk(queries, corpus, 9, scale=0.1, backend=backend)
-    monkeypatch.setattr(_topk, "PAIRS", {})
+    monkeypatch.setattr(_topk, "LIMITS", {})
     # of the wide rows four at once
     monkeypatch.setattr(_topk, "CACHED", 800)
-    # pieces of 5 x 37, of 2 x 30, and of one query by as few rows as there may be
-    for pairs, rows in ((5 * 37, 5), (60, 2), (1, 1)):
-        monkeypatch.setattr(_topk, "PAIRS_ELSEWHERE", pairs)
+    # pieces of 5 x 37, of 2 x 30, of 2 x 4 where 9 are asked for, and of one query by 17
+    for pairs, rows, numbers in (
+        (5 * 37, 5, 2**20),
+        (60, 2, 2**20),
+        (60, 2, 4 * F),
+        (17, 1, 2**20),
+    ):
+        monkeypatch.setattr(_topk, "LIMITS_ELSEWHERE", (pairs, numbers))
         monkeypatch.setattr(_topk, "QUERIES", rows)
         pieces = manhattan_topk(queries, corpus, 9, scale=0.1, backend=backend)
         assert torch.equal(pieces[0], whole[0])
@@ -125,16 +130,20 @@ def test_gradient_comes_from_the_rows_found():
     assert queries.grad is not None
 
 
-@pytest.mark.parametrize(("Q", "M", "k"), [(300, 3000, 3), (1, 300_000, 3), (40, 9000, 9000)])
-def test_memory_is_bounded(Q, M, k):
+@pytest.mark.parametrize(
+    ("Q", "M", "F", "k"),
+    [(300, 3000, 1, 3), (1, 300_000, 1, 3), (40, 9000, 1, 9000), (1, 9000, 1000, 3)],
+)
+def test_memory_is_bounded(Q, M, F, k):
     sizes = []
 
     def pairs(queries, corpus):
+        assert corpus.numel() <= 2**22
         distance = torch.cdist(queries, corpus, p=1)
         sizes.append(distance.numel())
         return distance
 
-    rows = torch.arange(float(M)).unsqueeze(1)
+    rows = torch.arange(float(M)).unsqueeze(1).expand(M, F)
     _, index = _topk.manhattan_topk(rows[:Q], rows, k, pairs)
     assert index[:, 0].tolist() == list(range(Q))
     assert len(sizes) > 1
