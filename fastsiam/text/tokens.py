@@ -19,9 +19,13 @@ END = "\n"
 # what may stand between the last full stop and the end of the sentence
 CLOSING = " ])}>\"'\u00bb\u201d\u2019"
 
-# a word with single hyphens and full stops inside or behind it, and a mark that nltk splits off;
-# the last full stop is a mark
-_PLAIN = re.compile(r"\n?(\w+(?:[-.]\w+)*(?:\.(?![.\n]))?)([.,:;?!]?)\n?", re.ASCII)
+# a word with single hyphens and full stops inside, a clitic or a full stop behind it, and a mark
+# that nltk splits off; the last full stop is a mark
+_PLAIN = re.compile(
+    r"\n?(\w+(?:[-.]\w+)*)(?:(n't|N'T|'(?:[sSmMdD]|ll|LL|re|RE|ve|VE))|(\.(?![.\n])))?"
+    r"([,:;?!]|\.(?=\n))?\n?",
+    re.ASCII,
+)
 
 # words of letters alone that nltk cuts in two
 _CONTRACTIONS = re.compile("cannot|gimme|gonna|gotta|lemme|wanna", re.IGNORECASE)
@@ -74,7 +78,8 @@ def part_tokens(part: str) -> tuple[str, ...]:
     """
     plain = _PLAIN.fullmatch(part)
     if plain and not _CONTRACTIONS.search(part):
-        return tuple(filter(None, plain.groups()))
+        word, clitic, stop, mark = plain.groups("")
+        return tuple(filter(None, (word + stop, clitic, mark)))
     # a word in place of the rest of the sentence, on each side that has a rest
     starts, ends = part.startswith(END), part.endswith(END)
     text = part[starts : len(part) - ends]
