@@ -6,6 +6,7 @@ import nltk  # noqa: F401
 import safetensors.torch  # noqa: F401
 import scipy.stats  # noqa: F401
 import torch
+import torch._dynamo  # any optimizer imports it
 
 from fastsiam.training.loop import train
 

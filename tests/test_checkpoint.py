@@ -286,7 +286,7 @@ def test_resume_starts_where_there_is_nothing(files, tmp_path):
 
 def test_killed_at_any_moment_a_run_goes_on_bit_for_bit(files, tmp_path, monkeypatch):
     """SIGKILL again and again while checkpoints are written after every step."""
-    options = {"checkpoint_every": 1, "epochs": 8}
+    options = {"checkpoint_every": 1, "epochs": 4}
     whole = make_config(files, tmp_path / "whole", **options)
     train(whole)
     config = make_config(files, tmp_path / "run", resume=True, **options)
