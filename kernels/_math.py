@@ -110,6 +110,12 @@ def _store_cells(pointers, x, mask, AXES: tl.constexpr):
     tl.store(_turn(pointers, AXES), _turn(x, AXES), mask=_turn(mask, AXES))
 
 
+@triton.constexpr_function
+def _operand_dtype(dtype, bits):
+    # of a product's operands: float32 may come with a weight rounded to float16
+    return tl.float16 if dtype == tl.float32 and bits == tl.int16 else dtype
+
+
 @triton.jit
 def _load_weight(
     weight_ptr,
@@ -118,23 +124,25 @@ def _load_weight(
     DTYPE: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
     zero,
+    BY_FLOAT: tl.constexpr,
 ):
     # weights come as bits, and are widened before use: the compiler then brings the narrow value
     # into the operand's layout once, ahead of the loop, and keeps it in registers. Given the dot
     # operand itself it would sink the conversion into the loop and read shared memory every step
     offs = tl.arange(0, ROWS)[:, None] * COLS + tl.arange(0, COLS)[None, :]
-    return _from_bits(tl.load(weight_ptr + offs), DTYPE, zero).to(DOT_DTYPE)
+    return _from_bits(tl.load(weight_ptr + offs), DTYPE, zero, BY_FLOAT).to(DOT_DTYPE)
 
 
 @triton.jit
-def _from_bits(x, DTYPE: tl.constexpr, zero):
-    # `zero` is 0 at run time, which the compiler cannot know
-    if DTYPE == tl.bfloat16:
+def _from_bits(x, DTYPE: tl.constexpr, zero, BY_FLOAT: tl.constexpr):
+    # `zero` is 0 at run time, which the compiler cannot know. A bfloat16 can be widened to float32
+    # as well: in half the shared memory, but with more registers
+    if DTYPE == tl.bfloat16 and BY_FLOAT:
         return (x.to(tl.int32) << 16).to(tl.float32, bitcast=True).to(tl.bfloat16)
-    elif DTYPE == tl.float16:
-        return (x.to(tl.int32) + zero).to(tl.int16).to(tl.float16, bitcast=True)
-    else:
+    elif DTYPE == tl.float32:
         return (x.to(tl.int64) + zero).to(tl.int32).to(tl.float32, bitcast=True)
+    else:
+        return (x.to(tl.int32) + zero).to(tl.int16).to(DTYPE, bitcast=True)
 
 
 @triton.jit

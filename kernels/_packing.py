@@ -92,6 +92,13 @@ def pack_weight_bwd(weight_hh: Tensor, of_gates: tuple[float, ...] = _GRADIENT) 
     return halves.view(P, 2, block, 2 * block).view(bits_dtype(weight_hh.dtype))
 
 
+def rounded(weight: Tensor) -> Tensor:
+    """Return what `pack_weight_fwd` makes of float32 as the bits of float16, with its largest."""
+    largest = torch.finfo(torch.float16).max
+    kept = weight.view(torch.float32).clamp(-largest, largest)
+    return kept.to(torch.float16).view(torch.int16)
+
+
 def token_rows(
     x: Tensor, ids: Tensor | None, lengths: Tensor, steps: int
 ) -> tuple[Tensor, Tensor | None]:

@@ -160,8 +160,10 @@ def _siamese_bwd_kernel(
     dh = _as_accumulator(dh, BLOCK_H, BLOCK_N)
     dh_go = tl.zeros((BLOCK_H, BLOCK_N), tl.float32)
     if not STREAM:
-        weight_if = _load_weight(weight_ptr, BLOCK_H, 2 * BLOCK_H, DTYPE, DOT_DTYPE, zero)
-        weight_go = _load_weight(weight_ptr + HALF, BLOCK_H, 2 * BLOCK_H, DTYPE, DOT_DTYPE, zero)
+        weight_if = _load_weight(weight_ptr, BLOCK_H, 2 * BLOCK_H, DTYPE, DOT_DTYPE, zero, True)
+        weight_go = _load_weight(
+            weight_ptr + HALF, BLOCK_H, 2 * BLOCK_H, DTYPE, DOT_DTYPE, zero, True
+        )
         # of 0: a use ahead of the loop keeps the weight's change of layout ahead of it
         nothing = tl.zeros((2 * BLOCK_H, BLOCK_N), DOT_DTYPE)
         dh = tl.dot(weight_if, nothing, dh, input_precision=PRECISION)

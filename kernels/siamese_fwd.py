@@ -19,6 +19,7 @@ from fastsiam.kernels._forward import (
 from fastsiam.kernels._math import (
     _direction,
     _load_weight,
+    _operand_dtype,
     _product_streamed,
     _sequences,
     _store_cells,
@@ -30,7 +31,7 @@ from fastsiam.kernels._math import (
 def _siamese_fwd_kernel(
     # P is the number of directions
     table_ptr,  # [R, P, BLOCK_H, 4] input gates of a row; half precision: 2 words of two a unit
-    weight_ptr,  # [P, 4 * BLOCK_H, BLOCK_H] bits of weight_hh
+    weight_ptr,  # [P, 4 * BLOCK_H, BLOCK_H] bits of weight_hh; see _operand_dtype
     ids_ptr,  # [N, T] rows of the table (HAS_IDS); else row n * T + t is the token's own
     lengths_ptr,  # [N] valid steps
     mask_ptr,  # [N, T] weights of the tokens (POOLING "mask")
@@ -71,7 +72,8 @@ def _siamese_fwd_kernel(
     BLOCKS: tl.constexpr = BLOCK_H // (8 * WARPS)
     COLUMNS: tl.constexpr = BLOCK_N // 8
     DTYPE: tl.constexpr = vectors_ptr.dtype.element_ty
-    DOT_DTYPE: tl.constexpr = tl.float32 if WIDEN else DTYPE
+    OPERAND: tl.constexpr = _operand_dtype(DTYPE, weight_ptr.dtype.element_ty)
+    DOT_DTYPE: tl.constexpr = tl.float32 if WIDEN else OPERAND
     WORDS: tl.constexpr = 4 if DTYPE == tl.float32 else 2
     ROW: tl.constexpr = DIRECTIONS * WORDS * BLOCK_H
 
@@ -115,7 +117,7 @@ def _siamese_fwd_kernel(
     row = _row_at(2, ids_ptr, first_token, way, final, R, HAS_IDS)
     a = _as_accumulator(_gate_pairs(x, DTYPE), BLOCK_H, BLOCK_N)
     if not STREAM:
-        weight = _load_weight(weight_ptr, 4 * BLOCK_H, BLOCK_H, DTYPE, DOT_DTYPE, zero)
+        weight = _load_weight(weight_ptr, 4 * BLOCK_H, BLOCK_H, OPERAND, DOT_DTYPE, zero, False)
         # of h = 0: a use ahead of the loop keeps the weight's change of layout ahead of it
         a = tl.dot(weight, tl.zeros((BLOCK_H, BLOCK_N), DOT_DTYPE), a, input_precision=PRECISION)
     for t in range(steps):
@@ -138,7 +140,7 @@ def _siamese_fwd_kernel(
         a = _as_accumulator(_gate_pairs(x_next, DTYPE), BLOCK_H, BLOCK_N)
         x_next = x_after
         h_rows = tl.reshape(tl.permute(h, (0, 3, 4, 1, 5, 2)), (BLOCK_H, BLOCK_N))
-        h_rows = h_rows.to(DTYPE).to(DOT_DTYPE)
+        h_rows = h_rows.to(OPERAND).to(DOT_DTYPE)
         if STREAM:
             a = _product_streamed(
                 weight_ptr + t * zero,
@@ -146,7 +148,7 @@ def _siamese_fwd_kernel(
                 a,
                 4 * BLOCK_H,
                 BLOCK_H,
-                DTYPE,
+                OPERAND,
                 DOT_DTYPE,
                 PRECISION,
             )
@@ -243,7 +245,7 @@ def siamese_fwd(
     order = _tiling.pair_order(lengths, B, target, P)
     _siamese_fwd_kernel[(triton.cdiv(N, tile.sequences), P)](
         table_ptr=table,
-        weight_ptr=weight,
+        weight_ptr=_packing.rounded(weight) if tile.rounds else weight,
         ids_ptr=lengths if ids is None else ids,
         lengths_ptr=lengths,
         mask_ptr=lengths if mask is None else mask,

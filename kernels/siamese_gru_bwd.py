@@ -138,8 +138,10 @@ def _siamese_gru_bwd_kernel(
     dh = _as_accumulator(dh, BLOCK_H, BLOCK_N)
     dh_y = tl.zeros((BLOCK_H, BLOCK_N), tl.float32)
     if not STREAM:
-        weight_rz = _load_weight(weight_ptr, BLOCK_H, 2 * BLOCK_H, DTYPE, DOT_DTYPE, zero)
-        weight_y = _load_weight(weight_ptr + 2 * SQUARE, BLOCK_H, BLOCK_H, DTYPE, DOT_DTYPE, zero)
+        weight_rz = _load_weight(weight_ptr, BLOCK_H, 2 * BLOCK_H, DTYPE, DOT_DTYPE, zero, True)
+        weight_y = _load_weight(
+            weight_ptr + 2 * SQUARE, BLOCK_H, BLOCK_H, DTYPE, DOT_DTYPE, zero, True
+        )
         # of 0: a use ahead of the loop keeps the weight's change of layout ahead of it
         nothing = tl.zeros((2 * BLOCK_H, BLOCK_N), DOT_DTYPE)
         dh = tl.dot(weight_rz, nothing, dh, input_precision=PRECISION)

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastsiam.kernels import _packing_gru, _tiling
+from fastsiam.kernels import _packing, _packing_gru, _tiling
 from fastsiam.kernels._forward import (
     _as_accumulator,
     _as_gates,
@@ -19,6 +19,7 @@ from fastsiam.kernels._forward import (
 from fastsiam.kernels._math import (
     _direction,
     _load_weight,
+    _operand_dtype,
     _product_streamed,
     _sequences,
     _store_cells,
@@ -30,7 +31,7 @@ from fastsiam.kernels._math import (
 def _siamese_gru_fwd_kernel(
     # P is the number of directions
     table_ptr,  # [R, P, BLOCK_H, 4] input gates of a row; half precision: 2 words of two a unit
-    weight_ptr,  # [P, 4 * BLOCK_H, BLOCK_H] bits of weight_hh
+    weight_ptr,  # [P, 4 * BLOCK_H, BLOCK_H] bits of weight_hh; see _operand_dtype
     ids_ptr,  # [N, T] rows of the table (HAS_IDS); else row n * T + t is the token's own
     lengths_ptr,  # [N] valid steps
     mask_ptr,  # [N, T] weights of the tokens (POOLING "mask")
@@ -70,7 +71,8 @@ def _siamese_gru_fwd_kernel(
     BLOCKS: tl.constexpr = BLOCK_H // (8 * WARPS)
     COLUMNS: tl.constexpr = BLOCK_N // 8
     DTYPE: tl.constexpr = vectors_ptr.dtype.element_ty
-    DOT_DTYPE: tl.constexpr = tl.float32 if WIDEN else DTYPE
+    OPERAND: tl.constexpr = _operand_dtype(DTYPE, weight_ptr.dtype.element_ty)
+    DOT_DTYPE: tl.constexpr = tl.float32 if WIDEN else OPERAND
     WORDS: tl.constexpr = 4 if DTYPE == tl.float32 else 2
     ROW: tl.constexpr = DIRECTIONS * WORDS * BLOCK_H
 
@@ -113,7 +115,7 @@ def _siamese_gru_fwd_kernel(
     row = _row_at(2, ids_ptr, first_token, way, final, R, HAS_IDS)
     a = _as_accumulator(_gate_pairs(x, DTYPE), BLOCK_H, BLOCK_N)
     if not STREAM:
-        weight = _load_weight(weight_ptr, 4 * BLOCK_H, BLOCK_H, DTYPE, DOT_DTYPE, zero)
+        weight = _load_weight(weight_ptr, 4 * BLOCK_H, BLOCK_H, OPERAND, DOT_DTYPE, zero, False)
         # of h = 0: a use ahead of the loop keeps the weight's change of layout ahead of it
         a = tl.dot(weight, tl.zeros((BLOCK_H, BLOCK_N), DOT_DTYPE), a, input_precision=PRECISION)
     for t in range(steps):
@@ -126,6 +128,8 @@ def _siamese_gru_fwd_kernel(
         z = _tanh(z, APPROXIMATE)
         # with sigmoid(x) = (1 + tanh(x / 2)) / 2; h is twice the state
         n = _tanh(r * y + (n + y), APPROXIMATE)
+        # of use to the backward alone; further down it costs registers
+        n_by_r = y - r * y * r
         h = z * (0.5 * h - n) + (0.5 * h + n)
         token_weights = mask_ptr + (first_token + way * t)
         v, peak = _pool(v, peak, h, t, last, token_weights, POOLING, STORE_RECORDS)
@@ -133,7 +137,7 @@ def _siamese_gru_fwd_kernel(
         a = _as_accumulator(_gate_pairs(x_next, DTYPE), BLOCK_H, BLOCK_N)
         x_next = x_after
         h_rows = tl.reshape(tl.permute(h, (0, 3, 4, 1, 5, 2)), (BLOCK_H, BLOCK_N))
-        h_rows = h_rows.to(DTYPE).to(DOT_DTYPE)
+        h_rows = h_rows.to(OPERAND).to(DOT_DTYPE)
         if STREAM:
             a = _product_streamed(
                 weight_ptr + t * zero,
@@ -141,7 +145,7 @@ def _siamese_gru_fwd_kernel(
                 a,
                 4 * BLOCK_H,
                 BLOCK_H,
-                DTYPE,
+                OPERAND,
                 DOT_DTYPE,
                 PRECISION,
             )
@@ -152,7 +156,7 @@ def _siamese_gru_fwd_kernel(
             inside = _at_units(t <= last)
             # rows are addressed through 32 bits: one wide multiply-add an address
             at = _at_units(gap).to(tl.int64)
-            values = tl.join(tl.join(r, n), tl.join(z, y - r * y * r))
+            values = tl.join(tl.join(r, n), tl.join(z, n_by_r))
             values = tl.reshape(values, h.shape + (4,))
             _store_cells(gates_ptrs + tl.expand_dims(at * (4 * BLOCK_H), 6), values, inside, 6)
             _store_cells(states_ptrs + at * BLOCK_H, h, inside, 6)
@@ -236,7 +240,7 @@ def siamese_gru_fwd(
     order = _tiling.pair_order(lengths, B, target, P)
     _siamese_gru_fwd_kernel[(triton.cdiv(N, tile.sequences), P)](
         table_ptr=table,
-        weight_ptr=weight,
+        weight_ptr=_packing.rounded(weight) if tile.rounds else weight,
         ids_ptr=lengths if ids is None else ids,
         lengths_ptr=lengths,
         mask_ptr=lengths if mask is None else mask,
