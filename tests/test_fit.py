@@ -17,6 +17,7 @@ from fastsiam.training.config import Config
 from fastsiam.training.epoch import run_epoch
 from fastsiam.training.evaluate import Metrics
 from fastsiam.training.guard import LIMIT, Guard, NotFiniteError
+from fastsiam.training.logs import Logs
 from fastsiam.training.loop import train
 from fastsiam.training.objective import Batch, Output
 from fastsiam.training.running import Running
@@ -305,6 +306,34 @@ def test_logs_agree_with_the_epochs(tmp_path):
     assert len(board.Scalars("step/zeros/module.weight_hh_l0")) == len(steps)
     histogram = board.Histograms("gradient/module.weight_hh_l0")[0].histogram_value
     assert histogram.num == 20 * 5
+
+
+def test_logs_come_every_few_steps_and_go_on_after_a_resume(tmp_path):
+    def run(name, stop_at=0):
+        folder = tmp_path / name
+        objective = MeanSquaredError(Line())
+        steps = iter(range(1, 1000))
+        fit(
+            objective,
+            [phase(objective, Rows())],
+            checkpoint=Checkpoint(folder / "checkpoints"),
+            logs=Logs(folder, every=3),
+            stop=lambda: next(steps) == stop_at and 15,
+        )
+        with (folder / "steps.csv").open() as file:
+            return list(csv.DictReader(file))
+
+    whole = run("whole")
+    assert [int(row["step"]) for row in whole] == [3, 6, 9, 12, 15, 18, 21, 24]
+    run("parts", stop_at=13)
+    with (tmp_path / "parts" / "steps.csv").open("a") as file:
+        file.write("15,train,2,0.5\n18,tr")  # of a run that was killed later on
+    parts = run("parts")
+    for a, b in zip(whole, parts, strict=True):
+        same = {"step", "epoch", "phase", "lr", "skipped", "zeros module.weight"}
+        # the mean over steps 13 to 15 is that of 14 and 15 here
+        same |= {"loss", "gradient_norm", "mse"} if a["step"] != "15" else set()
+        assert {name: a[name] for name in same} == {name: b[name] for name in same}
 
 
 # examples

@@ -254,6 +254,10 @@ def test_the_epoch_best_on_dev_is_kept(files):
     for model in (saved, result.model):
         again = evaluate(model, read_pairs(files.dev)).metrics
         assert again.pearson == pytest.approx(max(pearsons), abs=1e-6)
+    last = TextSiamese.from_pretrained(config.out / "last", device="cpu")
+    again = evaluate(last, read_pairs(files.dev)).metrics
+    assert again.pearson == pytest.approx(pearsons[-1], abs=1e-6)
+    assert pearsons[-1] < max(pearsons)
 
 
 def test_same_seed_same_result(files, tmp_path):
