@@ -8,7 +8,8 @@ computes it, "torch" or "triton".
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,7 +17,29 @@ from torch import Tensor
 from fastsiam import _layer, _topk, batched
 
 
-@torch.library.custom_op("fastsiam::siamese_prepare", mutates_args=())
+Fake = TypeVar("Fake", bound=Callable[..., Any])
+
+
+def _operator(compute: Callable[..., Any]) -> Callable[..., Any]:
+    """Register a function that never has a gradient.
+
+    A custom_op would do, but its first call imports the compiler, two seconds of a command's life.
+    """
+    name = compute.__name__
+    schema = torch.library.infer_schema(compute, mutates_args=())
+    torch.library.define(f"fastsiam::{name}", schema)
+    torch.library.impl(f"fastsiam::{name}", "default")(compute)
+    operator: Callable[..., Any] = getattr(torch.ops.fastsiam, name).default
+    return operator
+
+
+def _fake_of(name: str) -> Callable[[Fake], Fake]:
+    """Register what the compiler is to know of an `_operator`: shapes and dtypes."""
+    register: Callable[[Fake], Fake] = torch.library.register_fake(f"fastsiam::{name}")
+    return register
+
+
+@_operator
 def siamese_prepare(
     x: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor | None, cell: str, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -24,7 +47,7 @@ def siamese_prepare(
     return _layer.prepare(x, weight_ih, weight_hh, bias, cell, backend)
 
 
-@siamese_prepare.register_fake
+@_fake_of("siamese_prepare")
 def _(
     x: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor | None, cell: str, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -32,7 +55,7 @@ def _(
     return x.new_empty(table[0], dtype=table[1]), x.new_empty(weight[0], dtype=weight[1])
 
 
-@torch.library.custom_op("fastsiam::siamese_infer", mutates_args=())
+@_operator
 def siamese_infer(
     table: Tensor,
     weight: Tensor,
@@ -72,7 +95,7 @@ def siamese_infer(
     )
 
 
-@siamese_infer.register_fake
+@_fake_of("siamese_infer")
 def _(
     table: Tensor,
     weight: Tensor,
@@ -113,7 +136,7 @@ def _fake_outputs(
     return sim, torch.empty_like(sim), h, states
 
 
-@torch.library.custom_op("fastsiam::siamese_run", mutates_args=())
+@_operator
 def siamese_run(
     x: Tensor,
     ids: Tensor | None,
@@ -154,7 +177,7 @@ def siamese_run(
     )[:4]
 
 
-@siamese_run.register_fake
+@_fake_of("siamese_run")
 def _(
     x: Tensor,
     ids: Tensor | None,
@@ -426,7 +449,7 @@ def _siamese_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, .
 siamese_fwd.register_autograd(_siamese_backward, setup_context=_siamese_setup_context)
 
 
-@torch.library.custom_op("fastsiam::manhattan_topk", mutates_args=())
+@_operator
 def manhattan_topk(queries: Tensor, corpus: Tensor, k: int, backend: str) -> tuple[Tensor, Tensor]:
     """Return L1, [Q, k] float32, and indices of the k rows of corpus nearest to each query."""
     if backend == "triton":
@@ -436,7 +459,7 @@ def manhattan_topk(queries: Tensor, corpus: Tensor, k: int, backend: str) -> tup
     return _topk.manhattan_topk(queries, corpus, k)
 
 
-@manhattan_topk.register_fake
+@_fake_of("manhattan_topk")
 def _(queries: Tensor, corpus: Tensor, k: int, backend: str) -> tuple[Tensor, Tensor]:
     distance = queries.new_empty(queries.shape[0], k, dtype=torch.float32)
     return distance, torch.empty_like(distance, dtype=torch.int64)
