@@ -16,7 +16,6 @@ from torch import Tensor
 
 from fastsiam import _layer, _topk, batched
 
-
 Fake = TypeVar("Fake", bound=Callable[..., Any])
 
 
