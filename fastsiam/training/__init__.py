@@ -9,9 +9,10 @@ from fastsiam.training.checkpoint import Checkpoint
 from fastsiam.training.config import Config
 from fastsiam.training.data import EncodedPairs
 from fastsiam.training.evaluate import evaluate, measure
-from fastsiam.training.fit import Phase, fit
+from fastsiam.training.fit import fit
 from fastsiam.training.loop import train
 from fastsiam.training.objective import MeanSquaredError
+from fastsiam.training.phase import Phase
 from fastsiam.training.recipe import run_recipe
 from fastsiam.training.source import PairBatches
 

@@ -17,11 +17,12 @@ from fastsiam.training.checkpoint import Checkpoint
 from fastsiam.training.config import Config
 from fastsiam.training.data import EncodedPairs, Inputs, load_inputs
 from fastsiam.training.evaluate import Evaluation, Metrics, evaluate, measure, score_pairs
-from fastsiam.training.fit import Fit, Phase, fit
+from fastsiam.training.fit import Fit, fit
 from fastsiam.training.guard import NotFiniteError
 from fastsiam.training.logs import Logs
 from fastsiam.training.objective import make_objective
 from fastsiam.training.pair_file import PairFile
+from fastsiam.training.phase import Phase
 from fastsiam.training.report import EpochRecord, RunFolder
 from fastsiam.training.signals import stop_signals
 from fastsiam.training.source import PairBatches, Source
