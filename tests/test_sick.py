@@ -1,16 +1,19 @@
 """The benchmark on SICK: its files and figures on made-up pairs, and the page made of them."""
 
 import json
+import math
 import sys
 
 import pytest
 import torch
 from tiny import WORDS, make_pairs, write_pairs, write_vectors
 
-from benchmarks import sick, sick_report, sick_times
+from benchmarks import sick, sick_regression, sick_report, sick_times
 from fastsiam.model import TextSiamese
 from fastsiam.text.datasets import read_pairs
+from fastsiam.text.vocabulary import Vocabulary
 from fastsiam.training.config import PRESETS
+from fastsiam.training.data import EncodedPairs
 from fastsiam.training.evaluate import evaluate
 
 STS = ("sentence1", "sentence2", "score")
@@ -119,3 +122,50 @@ def test_the_check_of_the_page_can_fail(tmp_path, monkeypatch, capsys):
 
 def test_the_page_is_in_step():
     assert sick_report.PAGE.read_text(encoding="utf-8") == sick_report.render(sick.SICK_RESULTS)
+
+
+def test_a_regression_on_the_folders_of_a_run(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(sick_regression, "SICK_RESULTS", tmp_path / "results")
+    out = tmp_path / "runs"
+    run = ("--data", data, "--seeds", 2, "--epochs", 1, "--out", out)
+    call(sick, monkeypatch, "--preset", "fast", *run)
+    options = ("--data", data, "--runs", out, "--preset", "fast")
+    call(sick_regression, monkeypatch, *options)
+    found = json.loads((tmp_path / "results" / "regression.json").read_text())
+    assert len(found["seeds"]) == 2
+    assert "test, mean of 2 seeds" in sick_report.render(tmp_path / "results")
+
+
+def test_features_of_two_sentences_by_hand():
+    vocabulary = Vocabulary(["<unk>", "dog", "hound", "runs", "not"])
+    table = torch.tensor([[0, 0], [2, 0], [3, 4], [0, 1], [-1, 0.0]])
+    model = TextSiamese(vocabulary, table, 3, device="cpu")
+    left = vocabulary.encode(["dog runs zebra", "dog", ""])
+    right = vocabulary.encode(["hound not", "dog", "dog"])
+    train = EncodedPairs(left, right, torch.zeros(3))
+    found = sick_regression.Words(model, train).features(left, right)
+    # cosines of (dog, runs) and (hound, not): (.6, -1) and (.8, 0); "dog" stands four times in the
+    # six sentences, the other words once
+    of_dog = math.log(7 / 5) / math.log(7 / 2)
+    of_left = (0.6 * of_dog + 0.8) / (of_dog + 1)
+    of_right = (0.8 + 0.0) / 2
+    assert found[0, :4].tolist() == pytest.approx(
+        [1.0, min(of_left, of_right), max(of_left, of_right), 0.0], abs=1e-6
+    )
+    assert found[1].tolist() == pytest.approx([0, 1, 1, 1, 1], abs=1e-6)
+    assert found[2].isfinite().all()
+
+
+def test_the_regression_is_ridge_on_products():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(400, 1, generator=generator, dtype=torch.float64)
+    similarity = torch.rand(400, generator=generator, dtype=torch.float64)
+    # a product of the two, which neither shows alone
+    gold = 0.2 + 0.6 * similarity * x[:, 0]
+    made = sick_regression.Regression(similarity[:300], x[:300], gold[:300])
+    error = (made(similarity[300:], x[300:]) - gold[300:]).square().mean()
+    assert error < 0.001 * gold.var()
+    alone = sick_regression.Regression(similarity[:300], torch.ones_like(x[:300]), gold[:300])
+    assert (
+        alone(similarity[300:], torch.ones_like(x[300:])) - gold[300:]
+    ).square().mean() > 0.1 * gold.var()
