@@ -64,7 +64,9 @@ def test_search_for_one_string(model):
     similarity, index = model.search("the cat", corpus, k=5)
     assert similarity.shape == index.shape == (5,)
     assert index.tolist()[:2] == [1, 3]  # of equal ones the first comes first
-    assert similarity[0] == similarity[1] == 1
+    assert similarity[0] == similarity[1]
+    # one sentence alone may go to another backend than five
+    assert math.isclose(similarity[0], 1, rel_tol=1e-6)
     assert similarity[2] < 1
     assert sorted(index.tolist()) == list(range(5))
     assert math.isclose(similarity[4], model.similarity("the cat", corpus[index[4]]), rel_tol=1e-5)
