@@ -167,7 +167,10 @@ def times_section(found: dict[str, Any]) -> list[str]:
     text += markdown_table([*header, "the whole recipe, extrapolated"], lines)
     first = found["rows"][0]
     where = f"{machine_line(found['machine'])}; {first['threads']} thread"
-    return [*text, "", f"{where}{'s' * (first['threads'] > 1)}. {first['explain']}.", ""]
+    where += "s" * (first["threads"] > 1)
+    if "load" in found:
+        where += f"; load average {found['load']:.1f} at the end"
+    return [*text, "", f"{where}. {first['explain']}.", ""]
 
 
 def render(folder: Path) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -217,7 +218,7 @@ def main() -> None:
     for name in rows[0]["contenders"]:
         print(f"  {name:<40}  {whole_recipe(rows, name):.0f} s")
     SICK_RESULTS.mkdir(parents=True, exist_ok=True)
-    found = {"rows": rows, "machine": machine.facts()}
+    found = {"rows": rows, "load": os.getloadavg()[0], "machine": machine.facts()}
     file = SICK_RESULTS / "times.json"
     file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(f"stored: {file}")
