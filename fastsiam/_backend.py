@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from typing import NamedTuple
 
 import torch
 
-from fastsiam._measured import Call, nearest
+from fastsiam._measured import Call, Row, nearest
 
 BACKENDS = ("auto", "triton", "torch", "lstm", "reference")
 MAX_TRITON_HIDDEN = 128
@@ -73,6 +74,12 @@ def resolve_backend(
     row = nearest(gpu if device.type == "cuda" else device.type, call)
     if row is None or row.other != choice.backend:
         return choice
+    return _by_measurement(choice, row)
+
+
+@functools.lru_cache(maxsize=1024)
+def _by_measurement(choice: Choice, row: Row) -> Choice:
+    """Return "lstm" where it won, else the choice by the rule, with the measurement."""
     if row.ratio < 1:
         return Choice("lstm", str(row))
     return Choice(choice.backend, f"{choice.reason}; {row}")

@@ -197,8 +197,10 @@ def _fit(network: Network, x: Tensor, lengths: Tensor) -> tuple[Network, int]:
         return network, T
     longest, filled = T, None
     if x.device.type == "cpu":
-        longest = int(lengths.max()) if N else 0
-        filled = int(lengths.sum()) / (N * longest) if longest else 1.0
+        # of so few numbers Python is done sooner than two operators
+        values = lengths.tolist()
+        longest = max(values, default=0)
+        filled = sum(values) / (N * longest) if longest else 1.0
     if measured:
         choice = explain(
             network.layers[0][0],
