@@ -51,7 +51,7 @@ def siamese_similarity(
 
     Args:
         left: [B, T, D] inputs in the weights' dtype, or [B, T] integer ids where `embedding` is
-            given. What stands behind a sequence's end is never read and may be anything.
+            given. What stands behind a sequence's end has no effect and may be anything.
         right: the same; its T may differ from left's.
         weights: of the one network both sides run through; several layers or directions as
             nn.LSTM orders them: layer 0, layer 0 reverse, layer 1, and so on.

@@ -128,7 +128,7 @@ class _Siamese(nn.Module):
 
         Args:
             left: [B, T, D] in the parameters' dtype, or ids [B, T] where the module has an
-                embedding. Padding is never read.
+                embedding. Padding may hold anything.
             right: the same; its T may differ.
             left_lengths: [B] valid steps, tensor or list, 0 <= length <= T. None: all T.
             right_lengths: the same for the right side.

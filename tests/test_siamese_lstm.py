@@ -98,6 +98,19 @@ def test_wide_tiles(change_tiles, H):
     check(Case(B=13, H=H, T_left=5, inputs="ids, trained"), "triton")
 
 
+@pytest.mark.parametrize("fields", [{"rounds": True}, {"rounds": True, "stream": True}], ids=str)
+def test_float32_rounded_to_the_mantissa_of_tf32(change_tiles, fields):
+    """On GPUs that is how a wide layer's weight stays on chip where tf32 is allowed."""
+    change_tiles(**fields)
+    check(Case(H=50, T_left=5), "triton", eps=2**-10)
+
+
+def test_half_as_many_warps(change_tiles):
+    """Programs that share a multiprocessor have 4 instead of 8."""
+    change_tiles(num_warps=4)
+    check(Case(H=50, T_left=5, dtype=torch.float16, inputs="ids"), "triton")
+
+
 def test_cases_reach_every_path(triton):
     from fastsiam.kernels import _tiling
 
