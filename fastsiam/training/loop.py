@@ -233,6 +233,20 @@ class _Reporter:
             self.watcher.on_epoch(record, best)
 
 
+def facts(config: Config, inputs: Inputs, model: TextSiamese) -> dict[str, Any]:
+    """Return what `run.json` says of any run: its settings, what it read, and what ran it."""
+    return {
+        "config": config.to_dict(),
+        "backend": model.lstm.explain(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "pairs": {phase: len(pairs) for phase, pairs in inputs.phases.items()},
+        "dropped": inputs.dropped,
+        "truncated": inputs.truncated,
+        "token_coverage": inputs.coverage.token_share,
+    }
+
+
 def _write(
     folder: RunFolder,
     config: Config,
@@ -249,14 +263,7 @@ def _write(
         folder.write_plot(outcome.records)
     folder.write_run(
         {
-            "config": config.to_dict(),
-            "backend": model.lstm.explain(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "pairs": {phase: len(pairs) for phase, pairs in inputs.phases.items()},
-            "dropped": inputs.dropped,
-            "truncated": inputs.truncated,
-            "token_coverage": inputs.coverage.token_share,
+            **facts(config, inputs, model),
             "steps": outcome.step,
             "skipped": sum(record.skipped for record in outcome.records),
             "interrupted": outcome.signal != 0,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -14,7 +13,7 @@ from fastsiam.model import TextSiamese, pick_device
 from fastsiam.training.config import Config
 from fastsiam.training.data import EncodedPairs, Inputs, load_inputs
 from fastsiam.training.evaluate import Evaluation, evaluate, measure, score_pairs
-from fastsiam.training.loop import Result, Watcher, train
+from fastsiam.training.loop import Result, Watcher, facts, train
 from fastsiam.training.report import EpochRecord, RunFolder
 from fastsiam.training.world import find_world
 
@@ -145,15 +144,8 @@ def _facts(
     test: Evaluation | None,
 ) -> dict[str, Any]:
     return {
-        "config": config.to_dict(),
-        "backend": model.lstm.explain(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "pairs": {phase: len(pairs) for phase, pairs in inputs.phases.items()},
-        "dropped": inputs.dropped,
+        **facts(config, inputs, model),
         "swapped": inputs.swapped,
-        "truncated": inputs.truncated,
-        "token_coverage": inputs.coverage.token_share,
         "interrupted": False,
         "members": [None if r.best is None else asdict(r.best) for r in results],
         "folds": [None if r.best is None else asdict(r.best) for r in folds],
