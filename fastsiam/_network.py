@@ -93,7 +93,7 @@ def make_network(
     prepared: Prepared | None,
     recompute: bool,
 ) -> Network:
-    """Check the network's arguments and lay its weights out."""
+    """Check the network's arguments and name its backend, as far as no sizes are known."""
     every = [weights] if isinstance(weights, Weights) else weights
     layers = check_network(who, every, cell, bidirectional, pooling)
     if not 0 <= dropout < 1:
@@ -162,6 +162,7 @@ def run(
 
 
 def stack_layer(network: Network, directions: Sequence[Weights]) -> _Layer:
+    """Lay the directions of a layer out for `_ops`, in the network's dtype."""
     cell, dtype = network.cell, network.dtype
 
     def stack(tensors: list[Tensor]) -> Tensor:
