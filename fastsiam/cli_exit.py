@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 import typer
 
-from fastsiam.model import UnavailableError
+from fastsiam.device import UnavailableError
 from fastsiam.text.files import DataError
 
 WRONG_USE, BAD_DATA, ENVIRONMENT = 2, 3, 4

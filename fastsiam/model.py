@@ -1,33 +1,22 @@
-"""`TextSiamese`: sentences in, numbers out; save and load."""
+"""`TextSiamese`: sentences in, numbers out."""
 
 from __future__ import annotations
 
-import json
-import math
 import os
-import textwrap
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 
-from fastsiam._checks import POOLINGS
 from fastsiam.calibration import Calibration
+from fastsiam.device import UnavailableError, pick_device
 from fastsiam.functional import manhattan_topk
 from fastsiam.modules import SiameseLSTM
+from fastsiam.saved import Saved
 from fastsiam.text.batches import ordered_batches
-from fastsiam.text.datasets import DataError, is_range
-from fastsiam.text.files import short
+from fastsiam.text.datasets import is_range
 from fastsiam.text.vocabulary import Encoded, Vocabulary
-
-FORMAT = 2  # of a saved folder; raised when an older fastsiam could no longer read one
-CONFIG_FILE, VOCABULARY_FILE, WEIGHTS_FILE = "config.json", "vocabulary.json", "model.safetensors"
-
-
-class UnavailableError(RuntimeError):
-    """The machine lacks what was asked for: a device, or what a backend needs."""
 
 
 class TextSiamese:
@@ -300,28 +289,18 @@ class TextSiamese:
         Raises:
             OSError: the folder cannot be written.
         """
-        from safetensors.torch import save
-
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        config = {
-            "format": FORMAT,
-            "input_size": self.lstm.input_size,
-            "hidden_size": self.lstm.hidden_size,
-            "bidirectional": self.lstm.bidirectional,
-            "pooling": self.lstm.pooling,
-            "scales": [_scale(member) for member in self.members],
-            "max_len": self.max_len,
-            "score_range": list(self.score_range),
-            "calibration": None if self.calibration is None else self.calibration.to_dict(),
-        }
-        tensors = {"embedding.weight": _table(self).cpu().contiguous()}
-        for prefix, member in zip(_prefixes(len(self.members)), self.members, strict=True):
-            for name, tensor in _own_weights(member).items():
-                tensors[prefix + name] = tensor.cpu().contiguous()
-        write_file(folder / VOCABULARY_FILE, _to_json(self.vocabulary.to_dict()))
-        write_file(folder / WEIGHTS_FILE, save(tensors))
-        write_file(folder / CONFIG_FILE, _to_json(config))
+        Saved(
+            self.vocabulary,
+            _table(self),
+            [_own_weights(member) for member in self.members],
+            [_scale(member) for member in self.members],
+            self.lstm.hidden_size,
+            self.lstm.bidirectional,
+            self.lstm.pooling,
+            self.max_len,
+            self.score_range,
+            self.calibration,
+        ).write(folder)
 
     @classmethod
     def from_pretrained(
@@ -337,34 +316,23 @@ class TextSiamese:
             ValueError: the backend or the device has no such name.
             UnavailableError: the device or the backend cannot be used on this machine.
         """
-        folder = Path(folder)
-        config = _read_config(folder / CONFIG_FILE)
-        words = _read_json(folder / VOCABULARY_FILE)
-        try:
-            vocabulary = Vocabulary.from_dict(words)
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(
-                f"{folder / VOCABULARY_FILE}: not a vocabulary that fastsiam wrote: {error}"
-            ) from error
-        tensors = _read_weights(folder / WEIGHTS_FILE, config, len(vocabulary))
+        saved = Saved.read(folder)
         model = cls(
-            vocabulary,
-            tensors["embedding.weight"],
-            config["hidden_size"],
-            bidirectional=config["bidirectional"],
-            pooling=config["pooling"],
-            scale=config["scales"],
-            max_len=config["max_len"],
-            score_range=config["score_range"],
-            calibration=config["calibration"],
+            saved.vocabulary,
+            saved.table,
+            saved.hidden_size,
+            bidirectional=saved.bidirectional,
+            pooling=saved.pooling,
+            scale=saved.scales,
+            max_len=saved.max_len,
+            score_range=saved.score_range,
+            calibration=saved.calibration,
             backend=backend,
             device=device,
-            dtype=tensors["embedding.weight"].dtype,
+            dtype=saved.table.dtype,
         )
-        for prefix, member in zip(_prefixes(len(model.members)), model.members, strict=True):
-            member.load_state_dict(
-                {name: tensors[prefix + name] for name in _own_weights(member)}, strict=False
-            )
+        for member, weights in zip(model.members, saved.members, strict=True):
+            member.load_state_dict(weights, strict=False)
         return model
 
     def _call(self, *inputs: Tensor) -> Tensor:
@@ -385,45 +353,6 @@ def cut(side: Encoded, rows: Tensor, device: torch.device) -> tuple[Tensor, Tens
     lengths = side.lengths[rows]
     width = max(1, int(lengths.max()))
     return side.ids[rows, :width].to(device), lengths.to(device)
-
-
-def pick_device(device: torch.device | str | None) -> torch.device:
-    """Return the device; None means CUDA where there is one, else the CPU.
-
-    Raises:
-        ValueError: there is no device of that name.
-        UnavailableError: there is, but not on this machine.
-    """
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device must be like cpu, cuda or cuda:0, got {str(device)!r}") from error
-    try:
-        torch.zeros(1, device=chosen).item()  # "meta" holds no value to give back
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = textwrap.shorten(str(error).split("\n", 1)[0].rstrip("."), 120, placeholder=" ...")
-        raise UnavailableError(
-            f"device {str(device)!r} cannot be used on this machine ({reason}); use cpu"
-        ) from error
-    return chosen
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Write a file beside its place and move it there: a reader sees the old or the new one."""
-    beside = path.with_name(f".{path.name}.part")
-    try:
-        with beside.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except BaseException as error:  # a full disk, or Ctrl-C
-        beside.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)  # a failed write does not say where
-        raise
 
 
 def _table(model: TextSiamese) -> Tensor:
@@ -447,120 +376,6 @@ def _own_weights(member: SiameseLSTM) -> dict[str, Tensor]:
     return {name: state[name] for name in state if name not in ("embedding.weight", "log_scale")}
 
 
-def _prefixes(members: int) -> list[str]:
-    """Return what stands before the names of each member's weights in a file."""
-    return [""] if members == 1 else [f"members.{number}." for number in range(members)]
-
-
 def _by_length(lengths: Tensor, batch_size: int) -> list[Tensor]:
     order = torch.argsort(lengths, stable=True)
     return [order[rows] for rows in ordered_batches(len(order), batch_size)]
-
-
-def _to_json(value: object) -> bytes:
-    return (json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode()
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_bytes())
-    except OSError as error:
-        raise DataError(
-            f"{path}: cannot be read ({error.strerror}); the folder must be one that "
-            "'fastsiam train' or save_pretrained wrote"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: must be JSON: {error}") from error
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    config = _read_json(path)
-    if not isinstance(config, dict) or type(config.get("format")) is not int:
-        raise DataError(f"{path}: not a configuration that fastsiam wrote")
-    if config["format"] > FORMAT:
-        raise DataError(
-            f"{path}: written by a newer fastsiam (format {config['format']}, this one reads up to "
-            f"{FORMAT}); upgrade fastsiam"
-        )
-    if config["format"] == 1:  # one direction, one member, not calibrated
-        config |= {
-            "bidirectional": False,
-            "pooling": "last",
-            "scales": [config.get("scale")],
-            "calibration": None,
-        }
-    for name in ("input_size", "hidden_size", "max_len"):
-        value = config.get(name)
-        if type(value) is not int or value < 1:
-            raise DataError(f"{path}: {name} must be a positive int, got {value!r}")
-    scales = config.get("scales")
-    if (
-        not isinstance(scales, list)
-        or not scales
-        or any(type(scale) is not float or not 0 < scale < math.inf for scale in scales)
-    ):
-        raise DataError(f"{path}: scales must be positive floats, got {short(scales)}")
-    if type(config.get("bidirectional")) is not bool:
-        raise DataError(
-            f"{path}: bidirectional must be true or false, got {short(config.get('bidirectional'))}"
-        )
-    if config.get("pooling") not in POOLINGS:
-        raise DataError(
-            f"{path}: pooling must be one of {', '.join(POOLINGS)}, "
-            f"got {short(config.get('pooling'))}"
-        )
-    if config.get("calibration") is not None:
-        try:
-            config["calibration"] = Calibration.from_dict(config["calibration"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{path}: calibration cannot be read: {error}") from error
-    else:
-        config["calibration"] = None
-    limits = config.get("score_range")
-    if not (
-        isinstance(limits, list)
-        and len(limits) == 2
-        and all(type(limit) in (int, float) for limit in limits)
-        and is_range(*limits)
-    ):
-        raise DataError(f"{path}: score_range must be two numbers, the lower first, got {limits!r}")
-    return config
-
-
-def _read_weights(path: Path, config: dict[str, Any], V: int) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    D, H = config["input_size"], config["hidden_size"]
-    shapes = {"embedding.weight": [V, D]}
-    for prefix in _prefixes(len(config["scales"])):
-        for suffix in ("", "_reverse") if config["bidirectional"] else ("",):
-            shapes |= {
-                f"{prefix}weight_ih_l0{suffix}": [4 * H, D],
-                f"{prefix}weight_hh_l0{suffix}": [4 * H, H],
-                f"{prefix}bias_ih_l0{suffix}": [4 * H],
-                f"{prefix}bias_hh_l0{suffix}": [4 * H],
-            }
-    try:
-        tensors: dict[str, Tensor] = load_file(path)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or 'no such file'})") from error
-    except SafetensorError as error:
-        raise DataError(f"{path}: damaged, or not a safetensors file: {error}") from error
-    for name, shape in shapes.items():
-        found = list(tensors[name].shape) if name in tensors else "nothing"
-        if found != shape:
-            raise DataError(
-                f"{path}: {name} must be {shape}, as {CONFIG_FILE} and {VOCABULARY_FILE} say, "
-                f"got {found}"
-            )
-    if tensors.keys() != shapes.keys():
-        raise DataError(f"{path}: holds {sorted(tensors.keys() - shapes.keys())}, unknown names")
-    if (
-        len({t.dtype for t in tensors.values()}) != 1
-        or not tensors["embedding.weight"].is_floating_point()
-    ):
-        raise DataError(f"{path}: the tensors must be of one floating-point type")
-    if not all(bool(t.isfinite().all()) for t in tensors.values()):
-        raise DataError(f"{path}: holds NaN or infinity")
-    return tensors

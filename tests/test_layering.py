@@ -33,6 +33,7 @@ ORDER = [
     ("modules",),
     ("foreign",),
     ("graph",),
+    ("device", "whole_file"),
     ("text.files",),
     ("text.legacy", "text.tables"),
     ("text.datasets",),
@@ -47,6 +48,7 @@ ORDER = [
     ("text",),
     ("sample",),
     ("calibration",),
+    ("saved",),
     ("model",),
     ("bulk",),
     ("",),  # fastsiam/__init__.py: its names are those of the lines so far

@@ -8,7 +8,8 @@ from safetensors.torch import load_file, save_file
 from tiny import WORDS, D
 
 from fastsiam.calibration import Calibration
-from fastsiam.model import TextSiamese, UnavailableError, pick_device
+from fastsiam.device import UnavailableError, pick_device
+from fastsiam.model import TextSiamese
 from fastsiam.text.datasets import DataError
 from fastsiam.text.vocabulary import Vocabulary
 

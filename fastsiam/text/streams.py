@@ -16,6 +16,7 @@ from typing import BinaryIO, NamedTuple
 from fastsiam.text.datasets import KNOWN_HEADERS
 from fastsiam.text.files import DataError, short
 from fastsiam.text.tables import Table, find_columns, open_table, read_lines
+from fastsiam.whole_file import whole_file
 
 ROWS = 8192  # in a block
 
@@ -120,18 +121,8 @@ def writing(out: Name) -> Iterator[BinaryIO]:
         with path.open("wb") as file:
             yield file
         return
-    beside = path.with_name(f".{path.name}.part")
-    try:
-        with beside.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except BaseException as error:  # a full disk, or Ctrl-C
-        beside.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename in (None, str(beside)):
-            error.filename = str(path)
-        raise
+    with whole_file(path) as file:
+        yield file
 
 
 def _open_table(name: str, stream: BinaryIO, columns: Sequence[str] | None) -> Table:

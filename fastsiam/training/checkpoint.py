@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsiam.model import write_file
 from fastsiam.text.files import DataError
 from fastsiam.training.pack import pack, unpack
+from fastsiam.whole_file import write_file
 
 KEPT = 2
 FORMAT = "1"

@@ -12,7 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fastsiam.model import TextSiamese, pick_device
+from fastsiam.device import pick_device
+from fastsiam.model import TextSiamese
 from fastsiam.training.checkpoint import Checkpoint
 from fastsiam.training.config import Config
 from fastsiam.training.data import EncodedPairs, Inputs, load_inputs

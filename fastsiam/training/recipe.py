@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from fastsiam.calibration import Calibration
-from fastsiam.model import TextSiamese, pick_device
+from fastsiam.device import pick_device
+from fastsiam.model import TextSiamese
 from fastsiam.training.config import Config
 from fastsiam.training.data import EncodedPairs, Inputs, load_inputs
 from fastsiam.training.evaluate import Evaluation, evaluate, measure, score_pairs

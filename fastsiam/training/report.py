@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fastsiam.model import write_file
 from fastsiam.text.datasets import Pairs
+from fastsiam.whole_file import write_file
 
 # what a run leaves in its folder
 OWN = {
