@@ -190,22 +190,21 @@ def gradients(
         saved: what `run` kept.
     """
     if backend == "triton":
+        packing = _packing_of(cell)
         dgates = _launchers(cell)[1](
             dpair,
             dvectors,
             doutputs,
             h,
-            weight_hh,
+            packing.pack_weight_bwd(weight_hh),
             lengths,
             mask,
-            saved.gates,
-            saved.cells if cell == "lstm" else saved.states,
-            saved.peaks,
+            *saved,
             steps,
             pooling,
             allow_tf32,
         )
-        found: tuple[Tensor, Tensor, Tensor, Tensor] = _packing_of(cell).weight_gradients(
+        found: tuple[Tensor, Tensor, Tensor, Tensor] = packing.weight_gradients(
             dgates, saved.states, x, ids, lengths, weight_ih, weight_hh, steps, need_dx
         )
         return found
@@ -324,7 +323,7 @@ def _packing_of(cell: str) -> ModuleType:
 
 
 def _launchers(cell: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Import the kernels of a cell; the second takes what the first kept beside the gates."""
+    """Import the kernels of a cell, forward and backward."""
     if cell == "lstm":
         from fastsiam.kernels.siamese_bwd import siamese_bwd
         from fastsiam.kernels.siamese_fwd import siamese_fwd

@@ -1,8 +1,13 @@
-"""What the backward kernels of all cells share: views of a tile, and gradients from outside."""
+"""What the backward kernels share: views of a tile, gradients from outside, and the launcher."""
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from fastsiam.kernels import _packing, _tiling
 from fastsiam.kernels._math import _load_cells, _load_cells_where, _turn, _unpack
 
 
@@ -131,3 +136,84 @@ def _vector_gradient(
     if POOLING == "max":
         peak = _turn(tl.load(_turn(peaks_ptr + offs, 7), _turn(inside, 7), -1), 7)
     return dv, peak
+
+
+def launch(
+    kernel: Any,
+    dpair: Tensor | None,
+    dvectors: Tensor | None,
+    doutputs: Tensor | None,
+    vectors: Tensor,
+    weight: Tensor,
+    lengths: Tensor,
+    mask: Tensor | None,
+    gates: Tensor,
+    cells: Tensor,
+    states: Tensor,
+    peaks: Tensor,
+    steps: int,
+    pooling: str,
+    allow_tf32: bool,
+) -> Tensor:
+    """Carry the gradients of the pairs' L1, the vectors and all states back through time.
+
+    Args:
+        kernel: of the cell. It has a pointer to each record that the cell's forward kept.
+        dpair: [B] float32 or None.
+        dvectors: [N, P * H] or None.
+        doutputs: [N, T, P * H] or None; what stands behind a sequence's end is not read.
+        vectors: [N, P * H] sentence vectors.
+        weight: what the cell's packing makes of weight_hh, [P, ...].
+        lengths, mask, steps, pooling: as in the forward.
+        gates, cells, states, peaks: the forward's records.
+
+    Returns:
+        Gate gradients in the packing's order and scaling, zero where no step was.
+    """
+    N, P = vectors.shape[0], weight.shape[0]
+    H = vectors.shape[1] // P
+    dgates = torch.zeros_like(gates)
+    if N == 0 or steps == 0:
+        return dgates
+    target = _tiling.target_of(vectors.device)
+    how = _tiling.arithmetic(vectors.dtype, allow_tf32, target)
+    tile = _tiling.backward_tile(H, vectors.dtype, how.PRECISION, target)
+    paired = dpair is not None
+    B = N // 2 if paired else N
+    order = _tiling.pair_order(lengths, B, target, P)
+    words = _packing.table_dtype(vectors.dtype)
+    records = {"cells_ptr": cells.view(words), "states_ptr": states}
+    kernel[(triton.cdiv(N, tile.sequences), P)](
+        dpair_ptr=vectors if dpair is None else dpair,
+        dvectors_ptr=vectors if dvectors is None else dvectors,
+        doutputs_ptr=vectors if doutputs is None else doutputs,
+        vectors_ptr=vectors,
+        weight_ptr=weight,
+        lengths_ptr=lengths,
+        mask_ptr=lengths if mask is None else mask,
+        order_ptr=lengths if order is None else order,
+        gates_ptr=gates.view(words),
+        **{name: record for name, record in records.items() if name in kernel.arg_names},
+        peaks_ptr=peaks,
+        dgates_ptr=dgates,
+        B=B,
+        T=steps,
+        H=H,
+        zero=0,
+        BLOCK_H=tile.block_h,
+        BLOCK_N=tile.sequences,
+        WARPS=tile.num_warps,
+        STREAM=tile.stream,
+        DIRECTIONS=P,
+        POOLING=pooling,
+        PAIRED=paired,
+        HAS_DPAIR=paired,
+        HAS_DVECTORS=dvectors is not None,
+        HAS_DOUTPUTS=doutputs is not None,
+        HAS_ORDER=order is not None,
+        PRECISION=how.PRECISION,
+        WIDEN=how.WIDEN,
+        ASSEMBLY=how.ASSEMBLY,
+        num_warps=tile.num_warps,
+    )
+    return dgates

@@ -1,11 +1,10 @@
 """Both towers' recurrence backward through time, from exp(-L1) on: kernel, then launcher."""
 
-import torch
+import functools
+
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from fastsiam.kernels import _packing, _tiling
 from fastsiam.kernels._backward import (
     _as_accumulator,
     _as_cells,
@@ -15,6 +14,7 @@ from fastsiam.kernels._backward import (
     _load_gates,
     _upstream,
     _vector_gradient,
+    launch,
 )
 from fastsiam.kernels._math import (
     _direction,
@@ -232,77 +232,4 @@ def _siamese_bwd_kernel(
         states = states_before
 
 
-def siamese_bwd(
-    dpair: Tensor | None,
-    dvectors: Tensor | None,
-    doutputs: Tensor | None,
-    vectors: Tensor,
-    weight_hh: Tensor,
-    lengths: Tensor,
-    mask: Tensor | None,
-    gates: Tensor,
-    cells: Tensor,
-    peaks: Tensor,
-    steps: int,
-    pooling: str,
-    allow_tf32: bool,
-) -> Tensor:
-    """Carry the gradients of the pairs' L1, the vectors and all states back through time.
-
-    Args:
-        dpair: [B] float32 or None.
-        dvectors: [N, P * H] or None.
-        doutputs: [N, T, P * H] or None; what stands behind a sequence's end is not read.
-        vectors: [N, P * H] sentence vectors.
-        weight_hh: [P, 4H, H].
-        lengths, mask, steps, pooling: as in the forward.
-        gates, cells, peaks: the forward's records.
-
-    Returns:
-        Gate gradients in _packing's order and scaling, zero where no step was.
-    """
-    N, P, H = vectors.shape[0], weight_hh.shape[0], weight_hh.shape[2]
-    dgates = torch.zeros_like(gates)
-    if N == 0 or steps == 0:
-        return dgates
-    target = _tiling.target_of(vectors.device)
-    how = _tiling.arithmetic(vectors.dtype, allow_tf32, target)
-    tile = _tiling.backward_tile(H, vectors.dtype, how.PRECISION, target)
-    paired = dpair is not None
-    B = N // 2 if paired else N
-    order = _tiling.pair_order(lengths, B, target, P)
-    words = _packing.table_dtype(vectors.dtype)
-    _siamese_bwd_kernel[(triton.cdiv(N, tile.sequences), P)](
-        dpair_ptr=vectors if dpair is None else dpair,
-        dvectors_ptr=vectors if dvectors is None else dvectors,
-        doutputs_ptr=vectors if doutputs is None else doutputs,
-        vectors_ptr=vectors,
-        weight_ptr=_packing.pack_weight_bwd(weight_hh),
-        lengths_ptr=lengths,
-        mask_ptr=lengths if mask is None else mask,
-        order_ptr=lengths if order is None else order,
-        gates_ptr=gates.view(words),
-        cells_ptr=cells.view(words),
-        peaks_ptr=peaks,
-        dgates_ptr=dgates,
-        B=B,
-        T=steps,
-        H=H,
-        zero=0,
-        BLOCK_H=tile.block_h,
-        BLOCK_N=tile.sequences,
-        WARPS=tile.num_warps,
-        STREAM=tile.stream,
-        DIRECTIONS=P,
-        POOLING=pooling,
-        PAIRED=paired,
-        HAS_DPAIR=paired,
-        HAS_DVECTORS=dvectors is not None,
-        HAS_DOUTPUTS=doutputs is not None,
-        HAS_ORDER=order is not None,
-        PRECISION=how.PRECISION,
-        WIDEN=how.WIDEN,
-        ASSEMBLY=how.ASSEMBLY,
-        num_warps=tile.num_warps,
-    )
-    return dgates
+siamese_bwd = functools.partial(launch, _siamese_bwd_kernel)

@@ -1,11 +1,11 @@
 """Both towers' recurrence with the gather of gate rows and exp(-L1): kernel, then launcher."""
 
-import torch
+import functools
+
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from fastsiam.kernels import _packing, _tiling
+from fastsiam.kernels import _packing
 from fastsiam.kernels._forward import (
     _as_accumulator,
     _as_gates,
@@ -15,6 +15,7 @@ from fastsiam.kernels._forward import (
     _load_rows,
     _pool,
     _row_at,
+    launch,
 )
 from fastsiam.kernels._math import (
     _direction,
@@ -197,92 +198,4 @@ def _siamese_fwd_kernel(
     )
 
 
-def siamese_fwd(
-    table: Tensor,
-    weight: Tensor,
-    ids: Tensor | None,
-    lengths: Tensor,
-    mask: Tensor | None,
-    learned_scale: Tensor | None,
-    scale: float,
-    H: int,
-    steps: int,
-    pooling: str,
-    paired: bool,
-    allow_tf32: bool,
-    dtype: torch.dtype,
-    store_records: bool,
-    store_outputs: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Run all sequences; see `fastsiam._ops.siamese_infer` and `siamese_fwd` for the tensors.
-
-    Returns:
-        Similarity and L1 of the pairs, [B] float32; vectors [N, P * H] and outputs [N, T, P * H] of
-        dtype; gates, cells and states for the backward; peaks [N, P * H] int32, the steps of the
-        maxima. What is not wanted is empty.
-    """
-    N, P = lengths.shape[0], table.shape[1]
-    B = N // 2 if paired else N
-    nothing = N == 0 or steps == 0
-    new = torch.zeros if nothing else torch.empty
-    vectors = new((N, P * H), device=table.device, dtype=dtype)
-    distance = new((P, B if paired else 0), device=vectors.device)
-    similarity = torch.exp(distance[0]) if nothing else torch.empty_like(distance[0])
-    # zero behind a sequence's end, where no step writes
-    outputs = vectors.new_zeros((N, steps, P * H) if store_outputs else 0)
-    shapes = _packing.record_shapes(N, steps, H, P) if store_records else ((0,),) * 3
-    gates, cells = (vectors.new_empty(shape) for shape in shapes[:2])
-    # read whole by the weight's gradient, so what no step writes is zero
-    states = vectors.new_zeros(shapes[2])
-    wants_peaks = store_records and pooling == "max"
-    peaks = torch.empty_like(vectors if wants_peaks else vectors[:0, 0], dtype=torch.int32)
-    if nothing:
-        return similarity, distance[0], vectors, outputs, gates, cells, states, peaks
-    target = _tiling.target_of(vectors.device)
-    how = _tiling.arithmetic(dtype, allow_tf32, target)
-    each = _tiling.programs_each(lengths, P, target)
-    tile = _tiling.forward_tile(H, dtype, how.PRECISION, target, each)
-    order = _tiling.pair_order(lengths, B, target, P)
-    _siamese_fwd_kernel[(triton.cdiv(N, tile.sequences), P)](
-        table_ptr=table,
-        weight_ptr=_packing.rounded(weight) if tile.rounds else weight,
-        ids_ptr=lengths if ids is None else ids,
-        lengths_ptr=lengths,
-        mask_ptr=lengths if mask is None else mask,
-        order_ptr=lengths if order is None else order,
-        learned_scale_ptr=similarity if learned_scale is None else learned_scale,
-        similarity_ptr=similarity,
-        distance_ptr=distance,
-        vectors_ptr=vectors,
-        outputs_ptr=outputs,
-        gates_ptr=gates,
-        cells_ptr=cells,
-        states_ptr=states,
-        peaks_ptr=peaks,
-        scale=scale,
-        B=B,
-        T=steps,
-        R=table.shape[0],
-        H=H,
-        zero=0,
-        BLOCK_H=tile.block_h,
-        BLOCK_N=tile.sequences,
-        WARPS=tile.num_warps,
-        STREAM=tile.stream,
-        DIRECTIONS=P,
-        POOLING=pooling,
-        PAIRED=paired,
-        HAS_IDS=ids is not None,
-        HAS_ORDER=order is not None,
-        HAS_LEARNED_SCALE=learned_scale is not None,
-        STORE_RECORDS=store_records,
-        STORE_OUTPUTS=store_outputs,
-        num_warps=tile.num_warps,
-        **how._asdict(),
-    )
-    if P == 1:
-        return similarity, distance[0], vectors, outputs, gates, cells, states, peaks
-    # no program has both directions of a pair
-    total = distance.sum(dim=0)
-    similarity = torch.exp(-(scale if learned_scale is None else learned_scale) * total)
-    return similarity, total, vectors, outputs, gates, cells, states, peaks
+siamese_fwd = functools.partial(launch, _siamese_fwd_kernel, _packing.record_shapes)

@@ -55,8 +55,8 @@ def launch(steps):
     )
     dvectors = torch.randn_like(vectors)
     dgates = siamese_bwd(
-        None, dvectors, None, vectors, weight_hh, lengths, None, gates, cells, peaks, steps, "last",
-        False,
+        None, dvectors, None, vectors, _packing.pack_weight_bwd(weight_hh), lengths, None,
+        gates, cells, states, peaks, steps, "last", False,
     )  # fmt: skip
     largest = max(t.numel() for t in (gates, cells, states, dgates))
     records = (t.reshape(N, steps + 1, -1)[:, :5] for t in (gates, states, dgates))
