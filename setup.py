@@ -1,5 +1,23 @@
-"""The one fact pyproject.toml does not hold: where the import package fastsiam.kernels lies."""
+"""What pyproject.toml cannot hold: where fastsiam.kernels lies, and the flags of its C++ file."""
 
-from setuptools import setup
+import platform
 
-setup(package_dir={"fastsiam": "fastsiam", "fastsiam.kernels": "kernels"})
+from setuptools import Extension, setup
+
+FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math"]
+if platform.machine().lower() in ("x86_64", "amd64"):
+    # fastsiam/_steps.py does not load it on a processor without AVX2
+    FLAGS.append("-march=x86-64-v3")
+
+setup(
+    package_dir={"fastsiam": "fastsiam", "fastsiam.kernels": "kernels"},
+    ext_modules=[
+        # a plain library for ctypes; without a compiler fastsiam does without it
+        Extension(
+            "fastsiam._compiled_steps",
+            sources=["kernels/steps.cpp"],
+            extra_compile_args=FLAGS,
+            optional=True,
+        )
+    ],
+)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from fastsiam._steps import Seen
 
 # sequences in a group, and packed rows that a block has at least where its group has as many
 GROUP = 1024
@@ -97,31 +98,14 @@ class Pool:
         if self._keep_outputs:
             self._packed = self.vectors.new_empty(self._tokens.shape[0], H)
 
-    def visitor(self, block: Block) -> Callable[[int, Tensor], None] | None:
-        """Return what looks at the hidden states of each step of a block, if anything must."""
-        if self._pooling == "last" and not self._keep_outputs:
-            return None
-        weights = None
-        if self._weights is not None:
-            weights = self._weights[block.rows].split_with_sizes(block.sizes)
-        pooled = None if self._pooling == "last" else self._pooled[block.group]
-        peaks = self._peaks[block.group] if self._keep_peaks else None
-        packed = None
-        if self._keep_outputs:
-            packed = self._packed[block.rows].split_with_sizes(block.sizes)
-
-        def visit(t: int, h: Tensor) -> None:
-            n = h.shape[0]
-            if packed is not None:
-                packed[t].copy_(h)
-            if weights is not None and pooled is not None:
-                pooled[:n].addcmul_(h, weights[t])
-            elif pooled is not None:
-                if peaks is not None:
-                    peaks[:n].masked_fill_(h > pooled[:n], block.step + t)
-                torch.maximum(pooled[:n], h, out=pooled[:n])
-
-        return visit
+    def seen(self, block: Block) -> Seen:
+        """Return what is made of the hidden states of a block, besides the last ones."""
+        return Seen(
+            self._packed[block.rows] if self._keep_outputs else None,
+            None if self._pooling == "last" else self._pooled[block.group],
+            None if self._weights is None else self._weights[block.rows],
+            self._peaks[block.group] if self._keep_peaks else None,
+        )
 
     def finish(self, h: Tensor, unit: float) -> None:
         """Write a direction's results, given its last states and the size of a unit of h."""

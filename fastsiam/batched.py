@@ -24,8 +24,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastsiam import batched_gru, batched_lstm
+from fastsiam import _steps, batched_gru, batched_lstm
 from fastsiam._packed import BLOCK, Block, Pool, Reached, schedule
+from fastsiam._steps import Seen
 
 CELLS: dict[str, ModuleType] = {"lstm": batched_lstm, "gru": batched_gru}
 
@@ -103,8 +104,7 @@ def infer(
             pool.start(p, H)
             for block in plan.blocks:
                 gates = torch.index_select(table[p], 0, rows[block.rows])
-                visit = pool.visitor(block)
-                _forward(how, block, gates, weight[p], states, None, visit)
+                _forward(cell, block, gates, weight[p], states, None, pool.seen(block))
             pool.finish(states[0], how.UNIT)
     return pool.vectors, pool.outputs
 
@@ -166,7 +166,7 @@ def forward(
                     part.copy_(table[block.rows])
                 else:
                     torch.index_select(table, 0, rows[block.rows], out=part)
-                _forward(how, block, part, weight, states, before, pool.visitor(block))
+                _forward(cell, block, part, weight, states, before, pool.seen(block))
             pool.finish(states[0], how.UNIT)
     cells = kept[1] if how.STATES == 2 else like
     return pool.vectors, pool.outputs, Saved(gates, cells, kept[0], pool.peaks)
@@ -221,13 +221,13 @@ def backward(
             for block in reversed(plan.blocks):
                 h = saved.states[p, block.rows]
                 before = (h, saved.cells[p, block.rows]) if how.STATES == 2 else (h,)
-                dgates: Tensor = how.backward(
+                dgates = _backward(
+                    cell,
+                    block,
                     saved.gates[p, block.rows],
                     before,
                     weight,
-                    tuple(grad[block.group] for grad in grads),
-                    block.sizes,
-                    block.step == 0,
+                    grads,
                     reached.rows(tokens[block.rows]),
                 )
                 h_by_gates.addmm_(h.T, dgates)
@@ -246,16 +246,62 @@ def backward(
 
 
 def _forward(
-    how: ModuleType,
+    cell: str,
     block: Block,
     gates: Tensor,
     weight: Tensor,
     states: tuple[Tensor, ...],
     before: tuple[Tensor, ...] | None,
-    visit: Callable[[int, Tensor], None] | None,
+    seen: Seen,
 ) -> None:
     alive = tuple(state[block.group] for state in states)
-    how.forward(gates, weight, alive, block.sizes, block.step == 0, before, visit)
+    if _steps.run(gates):
+        _steps.forward(cell, gates, weight, alive, block.sizes, block.step, before, seen)
+        return
+    first = block.step == 0
+    CELLS[cell].forward(gates, weight, alive, block.sizes, first, before, _visitor(block, seen))
+
+
+def _backward(
+    cell: str,
+    block: Block,
+    gates: Tensor,
+    before: tuple[Tensor, ...],
+    weight: Tensor,
+    grads: tuple[Tensor, ...],
+    upstream: Tensor | None,
+) -> Tensor:
+    some = tuple(grad[block.group] for grad in grads)
+    if _steps.run(gates):
+        return _steps.backward(cell, gates, before, weight, some, block.sizes, block.step, upstream)
+    dgates: Tensor = CELLS[cell].backward(
+        gates, before, weight, some, block.sizes, block.step == 0, upstream
+    )
+    return dgates
+
+
+def _visitor(block: Block, seen: Seen) -> Callable[[int, Tensor], None] | None:
+    """Return what does with the hidden states of each step of a block as `seen` says."""
+    outputs, pooled, weights, peaks = seen
+    if outputs is None and pooled is None:
+        return None
+    each_output = None if outputs is None else outputs.split_with_sizes(block.sizes)
+    each_weight = None if weights is None else weights.split_with_sizes(block.sizes)
+
+    def visit(t: int, h: Tensor) -> None:
+        n = h.shape[0]
+        if each_output is not None:
+            each_output[t].copy_(h)
+        if pooled is None:
+            return
+        if each_weight is not None:
+            pooled[:n].addcmul_(h, each_weight[t])
+            return
+        if peaks is not None:
+            peaks[:n].masked_fill_(h > pooled[:n], block.step + t)
+        torch.maximum(pooled[:n], h, out=pooled[:n])
+
+    return visit
 
 
 def _project(how: ModuleType, x: Tensor, weight_ih: Tensor, bias: Tensor | None) -> Tensor:

@@ -19,6 +19,7 @@ ORDER = [
     ("kernels.siamese_fwd", "kernels.siamese_bwd", "kernels.pairwise"),
     ("kernels.siamese_gru_fwd", "kernels.siamese_gru_bwd"),
     ("reference",),
+    ("_steps",),
     ("batched_lstm", "batched_gru"),
     ("_packed",),
     ("batched",),
@@ -67,8 +68,8 @@ ORDER = [
     ("training.loop",),
     ("training.recipe",),
     ("training",),
-    ("cli_exit",),
-    ("cli_bulk",),
+    ("cli_exit", "cli_options", "cli_screen"),
+    ("cli_demo", "cli_train", "cli_evaluate", "cli_bulk"),
     ("cli",),
     ("__main__",),
 ]

@@ -1,0 +1,268 @@
+// The step loops of fastsiam/batched_lstm.py and batched_gru.py, compiled: float32, on a CPU. What a
+// step computes, and the scales of gates and states, are explained there.
+//
+// Sequences do not need each other, so a tile of them runs through all steps of a block before the
+// next tile begins: its states stay in the first cache, the weights in the second. Several threads
+// take every so-manieth tile each. Rows of 4H gates and of H units lie packed, time-major, longest
+// sequence first; `sizes` says how many are alive at each step.
+
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+#define INLINE inline __attribute__((always_inline))
+
+using Vector = float __attribute__((vector_size(32), aligned(4), may_alias));
+
+constexpr int64_t WIDTH = 8;   // floats in a Vector
+constexpr int64_t PANEL = 16;  // columns of a product that are worked on at a time
+constexpr int64_t ROWS = 6;    // rows: 6 x 2 sums, 2 columns and a factor fill 16 registers
+constexpr int64_t TILE = 24;   // sequences
+
+int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// The right-hand side of a product, [K, N], in panels of 16 columns, zero behind the last.
+struct Panels {
+    int64_t K, N;
+    std::vector<float> data;
+
+    Panels(const float* weight, int64_t K, int64_t N)
+        : K(K), N(N), data((N + PANEL - 1) / PANEL * PANEL * K) {
+        for (int64_t j = 0; j < N; j += PANEL)
+            for (int64_t k = 0; k < K; k++)
+                std::memcpy(&data[j * K + k * PANEL], &weight[k * N + j],
+                            least(PANEL, N - j) * sizeof(float));
+    }
+};
+
+// out += a @ panel, for R rows and C vectors of columns.
+template <int R, int C>
+INLINE void multiply_block(const float* a, int64_t stride_a, const float* panel, int64_t K,
+                           float* out, int64_t stride_out, int64_t columns) {
+    Vector sums[R][C] = {};
+    for (int64_t k = 0; k < K; k++) {
+        const Vector* right = reinterpret_cast<const Vector*>(&panel[k * PANEL]);
+        // unrolled, or the sums would not be in registers
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+            for (int c = 0; c < C; c++) sums[r][c] += a[r * stride_a + k] * right[c];
+    }
+    for (int r = 0; r < R; r++) {
+        float* row = &out[r * stride_out];
+        const float* sum = reinterpret_cast<const float*>(sums[r]);
+        if (columns == C * WIDTH)
+            for (int64_t j = 0; j < C * WIDTH; j++) row[j] += sum[j];
+        else
+            for (int64_t j = 0; j < columns; j++) row[j] += sum[j];
+    }
+}
+
+template <int C>
+void multiply_panel(const float* a, int64_t stride_a, int64_t rows, const float* panel, int64_t K,
+                    float* out, int64_t stride_out, int64_t columns) {
+    for (; rows >= ROWS; rows -= ROWS, a += ROWS * stride_a, out += ROWS * stride_out)
+        multiply_block<ROWS, C>(a, stride_a, panel, K, out, stride_out, columns);
+    switch (rows) {
+        case 5: return multiply_block<5, C>(a, stride_a, panel, K, out, stride_out, columns);
+        case 4: return multiply_block<4, C>(a, stride_a, panel, K, out, stride_out, columns);
+        case 3: return multiply_block<3, C>(a, stride_a, panel, K, out, stride_out, columns);
+        case 2: return multiply_block<2, C>(a, stride_a, panel, K, out, stride_out, columns);
+        case 1: return multiply_block<1, C>(a, stride_a, panel, K, out, stride_out, columns);
+    }
+}
+
+// out += a @ right: [rows, K] by [K, N].
+void multiply(const float* a, int64_t stride_a, int64_t rows, const Panels& right, float* out,
+              int64_t stride_out) {
+    for (int64_t j = 0; j < right.N; j += PANEL) {
+        const float* panel = &right.data[j * right.K];
+        int64_t columns = least(PANEL, right.N - j);
+        if (columns > WIDTH)
+            multiply_panel<2>(a, stride_a, rows, panel, right.K, out + j, stride_out, columns);
+        else
+            multiply_panel<1>(a, stride_a, rows, panel, right.K, out + j, stride_out, columns);
+    }
+}
+
+// 1 / (1 + exp(-x)): a power of two, times the series of exp between -log(2) / 2 and log(2) / 2.
+INLINE float sigmoid(float x) {
+    // past these, exp leaves float32's range; a NaN passes
+    x = x > 87.0f ? 87.0f : x;
+    x = x < -87.0f ? -87.0f : x;
+    // of a number near 3 * 2^22 the lowest bits are the nearest integer
+    float shifted = x * -1.44269504f + 12582912.0f;
+    float power = shifted - 12582912.0f;
+    // log(2) in two parts, of which the first has few bits: its multiples are exact
+    float rest = -x - power * 0.693359375f + power * 2.12194440e-4f;
+    float series = rest * (1.0f / 5040) + 1.0f / 720;
+    series = series * rest + 1.0f / 120;
+    series = series * rest + 1.0f / 24;
+    series = series * rest + 1.0f / 6;
+    series = series * rest + 0.5f;
+    series = series * rest + 1.0f;
+    series = series * rest + 1.0f;
+    int32_t bits;
+    std::memcpy(&bits, &shifted, sizeof bits);
+    bits = (bits + 127) << 23;
+    std::memcpy(&power, &bits, sizeof bits);
+    return 1.0f / (1.0f + series * power);
+}
+
+// What becomes of the hidden states besides: each may be null.
+struct Seen {
+    float* outputs;        // [m, H] all of them
+    float* pooled;         // [n, H] their weighted sum, or else their maximum
+    const float* weights;  // [m]
+    int32_t* peaks;        // [n, H] step of the maximum
+};
+
+INLINE void look(const Seen& seen, const float* h, int64_t row, int64_t sequence, int32_t step,
+                 int64_t H) {
+    if (seen.outputs) std::memcpy(&seen.outputs[row * H], h, H * sizeof(float));
+    if (!seen.pooled) return;
+    float* __restrict pooled = &seen.pooled[sequence * H];
+    if (seen.weights) {
+        for (int64_t j = 0; j < H; j++) pooled[j] += seen.weights[row] * h[j];
+        return;
+    }
+    for (int64_t j = 0; j < H; j++) {
+        bool higher = h[j] > pooled[j];
+        if (seen.peaks && higher) seen.peaks[sequence * H + j] = step;
+        // a NaN comes in, and stays
+        pooled[j] = higher || h[j] != h[j] ? h[j] : pooled[j];
+    }
+}
+
+struct Lstm {
+    static constexpr int64_t SKIPPED = 0;  // gates before those that h has a part in
+
+    static void forward(float* __restrict gates, float* __restrict h, float* __restrict c,
+                        int64_t H) {
+        float *i = gates, *f = i + H, *g = f + H, *o = g + H;
+        for (int64_t j = 0; j < 4 * H; j++) gates[j] = sigmoid(gates[j]);
+        for (int64_t j = 0; j < H; j++) {
+            g[j] -= 0.5f;
+            c[j] = f[j] * c[j] + 4.0f * i[j] * g[j];
+            h[j] = o[j] * (sigmoid(c[j]) - 0.5f);
+        }
+    }
+
+    static void backward(const float* __restrict gates, const float* __restrict /* h */,
+                         const float* __restrict c, float* __restrict dgates,
+                         float* __restrict dh, float* __restrict dc, int64_t H) {
+        const float *i = gates, *f = i + H, *g = f + H, *o = g + H;
+        float *di = dgates, *df = di + H, *dg = df + H, *d_o = dg + H;
+        for (int64_t j = 0; j < H; j++) {
+            float s = sigmoid(f[j] * c[j] + 4.0f * i[j] * g[j]);
+            float d = dc[j] + dh[j] * (s - s * s) * o[j];
+            di[j] = (i[j] - i[j] * i[j]) * g[j] * d;
+            df[j] = (f[j] - f[j] * f[j]) * c[j] * d;
+            dg[j] = (0.25f - g[j] * g[j]) * i[j] * d;
+            d_o[j] = (o[j] - o[j] * o[j]) * (s - 0.5f) * dh[j];
+            dc[j] = d * f[j];
+            dh[j] = 0.0f;
+        }
+    }
+};
+
+struct Gru {
+    static constexpr int64_t SKIPPED = 1;
+
+    static void forward(float* __restrict gates, float* __restrict h, float* /* c */, int64_t H) {
+        float *n = gates, *r = n + H, *z = r + H, *y = z + H;
+        for (int64_t j = 0; j < H; j++) {
+            r[j] = sigmoid(r[j]);
+            z[j] = sigmoid(z[j]);
+            n[j] = sigmoid(n[j] + r[j] * y[j]) - 0.5f;
+            h[j] = n[j] + z[j] * (h[j] - n[j]);
+        }
+    }
+
+    static void backward(const float* __restrict gates, const float* __restrict h,
+                         const float* __restrict /* c */, float* __restrict dgates,
+                         float* __restrict dh, float* __restrict /* dc */, int64_t H) {
+        const float *n = gates, *r = n + H, *z = r + H, *y = z + H;
+        float *dn = dgates, *dr = dn + H, *dz = dr + H, *dy = dz + H;
+        for (int64_t j = 0; j < H; j++) {
+            dn[j] = (0.25f - n[j] * n[j]) * (1.0f - z[j]) * dh[j];
+            dy[j] = dn[j] * r[j];
+            dr[j] = dy[j] * y[j] * (1.0f - r[j]);
+            dz[j] = (h[j] - n[j]) * z[j] * (1.0f - z[j]) * dh[j];
+            dh[j] *= z[j];
+        }
+    }
+};
+
+template <class Cell>
+void forward(int64_t H, int64_t steps, const int64_t* sizes, int64_t step, int64_t part,
+             int64_t parts, const float* weight, float* gates, float* h, float* c, float* before_h,
+             float* before_c, const Seen& seen) {
+    Panels right(weight, H, (4 - Cell::SKIPPED) * H);
+    for (int64_t from = part * TILE; from < sizes[0]; from += parts * TILE) {
+        for (int64_t t = 0, first = 0; t < steps && sizes[t] > from; first += sizes[t++]) {
+            int64_t rows = least(TILE, sizes[t] - from), row = first + from;
+            if (before_h) std::memcpy(&before_h[row * H], &h[from * H], rows * H * sizeof(float));
+            if (before_c) std::memcpy(&before_c[row * H], &c[from * H], rows * H * sizeof(float));
+            // at the first step of all, h is 0
+            if (step + t)
+                multiply(&h[from * H], H, rows, right, &gates[(row * 4 + Cell::SKIPPED) * H],
+                         4 * H);
+            for (int64_t n = from; n < from + rows; n++, row++) {
+                Cell::forward(&gates[row * 4 * H], &h[n * H], c ? &c[n * H] : nullptr, H);
+                look(seen, &h[n * H], row, n, step + t, H);
+            }
+        }
+    }
+}
+
+template <class Cell>
+void backward(int64_t H, int64_t steps, const int64_t* sizes, int64_t step, int64_t part,
+              int64_t parts, const float* weight, const float* gates, const float* before_h,
+              const float* before_c, const float* upstream, float* dgates, float* dh, float* dc) {
+    Panels right(weight, (4 - Cell::SKIPPED) * H, H);
+    int64_t end = 0;
+    for (int64_t t = 0; t < steps; t++) end += sizes[t];
+    for (int64_t from = part * TILE; from < sizes[0]; from += parts * TILE) {
+        for (int64_t t = steps, first = end; t-- > 0;) {
+            first -= sizes[t];
+            int64_t rows = least(TILE, sizes[t] - from);
+            for (int64_t n = from, row = first + from; n < from + rows; n++, row++) {
+                if (upstream)
+                    for (int64_t j = 0; j < H; j++) dh[n * H + j] += upstream[row * H + j];
+                Cell::backward(&gates[row * 4 * H], &before_h[row * H],
+                               before_c ? &before_c[row * H] : nullptr, &dgates[row * 4 * H],
+                               &dh[n * H], dc ? &dc[n * H] : nullptr, H);
+            }
+            if (step + t && rows > 0)
+                multiply(&dgates[((first + from) * 4 + Cell::SKIPPED) * H], 4 * H, rows, right,
+                         &dh[from * H], H);
+        }
+    }
+}
+
+}  // namespace
+
+#define FORWARD(name, Cell)                                                                       \
+    extern "C" void name(int64_t H, int64_t steps, const int64_t* sizes, int64_t step,            \
+                         int64_t part, int64_t parts, const float* weight, float* gates,          \
+                         float* h, float* c, float* before_h, float* before_c, float* outputs,    \
+                         float* pooled, const float* weights, int32_t* peaks) {                   \
+        forward<Cell>(H, steps, sizes, step, part, parts, weight, gates, h, c, before_h,          \
+                      before_c, {outputs, pooled, weights, peaks});                               \
+    }
+FORWARD(lstm_forward, Lstm)
+FORWARD(gru_forward, Gru)
+
+#define BACKWARD(name, Cell)                                                                      \
+    extern "C" void name(int64_t H, int64_t steps, const int64_t* sizes, int64_t step,            \
+                         int64_t part, int64_t parts, const float* weight, const float* gates,    \
+                         const float* before_h, const float* before_c, const float* upstream,     \
+                         float* dgates, float* dh, float* dc) {                                   \
+        backward<Cell>(H, steps, sizes, step, part, parts, weight, gates, before_h, before_c,     \
+                       upstream, dgates, dh, dc);                                                 \
+    }
+BACKWARD(lstm_backward, Lstm)
+BACKWARD(gru_backward, Gru)
