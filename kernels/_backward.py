@@ -112,6 +112,7 @@ def _vector_gradient(
     live,
     direction,
     unit,
+    inside,  # whether a unit is one of the H
     H,
     DIRECTIONS: tl.constexpr,
     POOLING: tl.constexpr,
@@ -120,7 +121,7 @@ def _vector_gradient(
 ):
     # gradient of the sentence vectors; of 2h, which is what the recurrence carries
     offs = (_at_units(seq).to(tl.int64) * DIRECTIONS + direction) * H + unit
-    inside = _at_units(live) & (unit < H)
+    inside = _at_units(live) & inside
     dv = tl.zeros(inside.shape, tl.float32)
     if HAS_DVECTORS:
         dv += _load_cells_where(dvectors_ptr + offs, inside, 7)

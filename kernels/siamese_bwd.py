@@ -121,6 +121,7 @@ def _siamese_bwd_kernel(
     weight_ptr += direction * (2 * HALF)
     doutputs_ptrs = doutputs_ptr + direction * H + unit_apart
 
+    inside = unit_apart < H
     dv, peak = _vector_gradient(
         dpair_ptr,
         dvectors_ptr,
@@ -131,6 +132,7 @@ def _siamese_bwd_kernel(
         live,
         direction,
         unit_apart,
+        inside,
         H,
         DIRECTIONS,
         POOLING,
@@ -153,7 +155,7 @@ def _siamese_bwd_kernel(
         way,
         length,
         DIRECTIONS * H,
-        unit_apart < H,
+        inside,
         POOLING,
         HAS_DOUTPUTS,
     )
@@ -198,7 +200,7 @@ def _siamese_bwd_kernel(
             way,
             length,
             DIRECTIONS * H,
-            unit_apart < H,
+            inside,
             POOLING,
             HAS_DOUTPUTS,
         )

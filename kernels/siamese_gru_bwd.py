@@ -100,6 +100,7 @@ def _siamese_gru_bwd_kernel(
     weight_ptr += direction * (3 * SQUARE)
     doutputs_ptrs = doutputs_ptr + direction * H + unit_apart
 
+    inside = unit_apart < H
     dv, peak = _vector_gradient(
         dpair_ptr,
         dvectors_ptr,
@@ -110,6 +111,7 @@ def _siamese_gru_bwd_kernel(
         live,
         direction,
         unit_apart,
+        inside,
         H,
         DIRECTIONS,
         POOLING,
@@ -131,7 +133,7 @@ def _siamese_gru_bwd_kernel(
         way,
         length,
         DIRECTIONS * H,
-        unit_apart < H,
+        inside,
         POOLING,
         HAS_DOUTPUTS,
     )
@@ -173,7 +175,7 @@ def _siamese_gru_bwd_kernel(
             way,
             length,
             DIRECTIONS * H,
-            unit_apart < H,
+            inside,
             POOLING,
             HAS_DOUTPUTS,
         )
