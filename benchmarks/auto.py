@@ -18,6 +18,7 @@ from benchmarks import clock, machine
 from benchmarks.baselines import Ours
 from benchmarks.cases import Batch, Case, make_weights
 from fastsiam._measured import Row
+from fastsiam._network import machine_name
 
 FILE = Path(__file__).parents[1] / "fastsiam" / "measured.json"
 EFFORT = clock.Effort(seconds=0.5, least_rounds=5, most_rounds=25, least_sample_s=1e-3)
@@ -111,8 +112,7 @@ def main() -> None:
     plan = QUICK if options.quick else GPU if device.type == "cuda" else CPU
     if options.threads and device.type == "cpu":
         plan = replace(plan, threads=tuple(options.threads))
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    save(options.out, name, measure(plan, device))
+    save(options.out, machine_name(device, torch.float32), measure(plan, device))
 
 
 if __name__ == "__main__":

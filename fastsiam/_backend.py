@@ -32,7 +32,7 @@ def resolve_backend(
     dtype: torch.dtype,
     H: int,
     call: Call | None = None,
-    gpu: str = "",
+    machine: str = "",
     otherwise: str = "lstm",
 ) -> Choice:
     """Return the backend that runs, or raise if a named one cannot.
@@ -47,7 +47,7 @@ def resolve_backend(
         dtype: what the weights are computed in.
         H: hidden size.
         call: what is to be done; None where that is not known, and no measurement is asked then.
-        gpu: the name of the GPU, where `device` is one.
+        machine: the name of `device` in the table of measurements.
         otherwise: "lstm", which is cuDNN there, or "torch" for work that is not an LSTM's.
 
     Raises:
@@ -71,7 +71,7 @@ def resolve_backend(
     choice = _by_rule(device, obstacle, otherwise)
     if call is None or choice.backend == "lstm":
         return choice
-    row = nearest(gpu if device.type == "cuda" else device.type, call)
+    row = nearest(machine, call)
     if row is None or row.other != choice.backend:
         return choice
     return _by_measurement(choice, row)

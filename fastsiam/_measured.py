@@ -53,7 +53,7 @@ def nearest(device: str, call: Call) -> Row | None:
     """Return the measurement on `device` that is nearest to a call; None without one.
 
     Args:
-        device: "cpu", which stands for any, or a GPU's name.
+        device: a GPU's name; or "cpu" or "cpu without compiled steps", which stand for any CPU.
         call: where `filled` is None, nn.LSTM has to win with full batches and with others: of both
             measurements the one where it did worse is returned.
     """

@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fastsiam import _ops, reference
+from fastsiam import _ops, _steps, reference
 from fastsiam._backend import Choice, resolve_backend
 from fastsiam._checks import Weights, check_network
 from fastsiam._measured import Call
+from fastsiam.batched import compute_dtype
 
 
 class Prepared(NamedTuple):
@@ -75,10 +76,16 @@ def explain(
     name = str(dtype).removeprefix("torch.")
     threads = torch.get_num_threads() if device.type == "cpu" else 1
     call = Call(cell, name, training, threads, H, sequences, steps, filled)
-    gpu = ""
+    return resolve_backend(who, backend, device, dtype, H, call, machine_name(device, dtype))
+
+
+def machine_name(device: torch.device, dtype: torch.dtype) -> str:
+    """Return the name of a device in the table of measurements."""
     if device.type == "cuda" and torch.cuda.is_available():
-        gpu = torch.cuda.get_device_name(device)
-    return resolve_backend(who, backend, device, dtype, H, call, gpu)
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu" and _steps.obstacle(device, compute_dtype(dtype)):
+        return "cpu without compiled steps"
+    return device.type
 
 
 def make_network(

@@ -11,17 +11,15 @@ import ctypes
 import importlib.util
 import os
 import platform
-import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-# sequences that one thread takes together, and multiplications that are worth a thread: about
-# ten times what starting one costs; both as steps.cpp works on them
+# sequences that a thread takes together, as in steps.cpp, and multiplications that are worth one
 TILE = 24
-WORTH = 10**7
+WORTH = 10**6
 
 _POINTER, _INTEGER = ctypes.c_void_p, ctypes.c_int64
 
@@ -41,16 +39,16 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         return None, "FASTSIAM_STEPS=0"
     found = importlib.util.find_spec("fastsiam._compiled_steps")
     if found is None or found.origin is None:
-        return None, "fastsiam was installed without a C++ compiler"
+        return None, "there was no C++ compiler when fastsiam was installed"
     if platform.machine().lower() in ("x86_64", "amd64") and not _has_avx2():
         return None, "this processor has no AVX2"
     try:
         library = ctypes.CDLL(found.origin)
         for cell in ("lstm", "gru"):
-            # integers H, steps, then sizes, then integers step, part, parts, then tensors
             for name, tensors in ((f"{cell}_forward", 10), (f"{cell}_backward", 8)):
                 function = getattr(library, name)
-                numbers = [_INTEGER] * 2 + [_POINTER] + [_INTEGER] * 3
+                # H, steps, sizes, step, threads, and the tensors
+                numbers = [_INTEGER, _INTEGER, _POINTER, _INTEGER, ctypes.c_int]
                 function.argtypes, function.restype = numbers + [_POINTER] * tensors, None
     except (OSError, AttributeError) as error:
         return None, f"they could not be loaded: {error}"
@@ -61,12 +59,16 @@ def _has_avx2() -> bool:
     return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 
-_LIBRARY, WHY_NOT = _load()
+_LIBRARY, _WHY_NOT = _load()
 
 
-def run(tensor: Tensor) -> bool:
-    """Return whether the compiled loops take a tensor like this."""
-    return _LIBRARY is not None and tensor.device.type == "cpu" and tensor.dtype == torch.float32
+def obstacle(device: torch.device, dtype: torch.dtype) -> str:
+    """Return what keeps the compiled loops from states like these, or an empty string."""
+    if device.type != "cpu":
+        return f"they run on a CPU, and the inputs are on {device.type}"
+    if dtype != torch.float32:
+        return f"they take float32, and the states are {str(dtype).removeprefix('torch.')}"
+    return _WHY_NOT
 
 
 def forward(
@@ -115,19 +117,12 @@ def _two(tensors: tuple[Tensor, ...]) -> tuple[Tensor | None, Tensor | None]:
 def _call(
     name: str, H: int, sizes: list[int], step: int, tensors: tuple[Tensor | None, ...]
 ) -> None:
+    # a pointer says nothing of strides
     assert all(tensor is None or tensor.is_contiguous() for tensor in tensors), name
     function: Callable[..., None] = getattr(_LIBRARY, name)
     pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
     counts = (_INTEGER * len(sizes))(*sizes)
 
-    def run(part: int) -> None:
-        function(H, len(sizes), counts, step, part, parts, *pointers)
-
-    parts = min(torch.get_num_threads(), -(-sizes[0] // TILE), 1 + sum(sizes) * H * H * 4 // WORTH)
-    # new ones each time: a pool's would be missing in a forked process
-    others = [threading.Thread(target=run, args=(part,)) for part in range(1, parts)]
-    for thread in others:
-        thread.start()
-    run(0)
-    for thread in others:
-        thread.join()
+    worth = 1 + sum(sizes) * H * H * 4 // WORTH
+    threads = min(torch.get_num_threads(), worth, -(-sizes[0] // TILE))
+    function(H, len(sizes), counts, step, threads, *pointers)

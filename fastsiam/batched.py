@@ -30,7 +30,7 @@ from fastsiam._steps import Seen
 
 CELLS: dict[str, ModuleType] = {"lstm": batched_lstm, "gru": batched_gru}
 
-# sequences up to which a batch is not worth a second thread
+# sequences up to which an operation of a step is not worth a second thread
 SMALL = 128
 
 # bytes from which the GNU C library takes memory from the system whatever was free before
@@ -95,17 +95,16 @@ def infer(
     """
     how = CELLS[cell]
     N, P, H = lengths.shape[0], *weight.shape[:2]
-    with _threads(N):
-        plan = schedule(lengths, steps, P)
-        pool = Pool(table, N, P * H, steps, pooling, mask, plan, keep_outputs, peaks=False)
-        for p, tokens in enumerate(plan.tokens):
-            rows = tokens if ids is None else ids.reshape(-1).index_select(0, tokens)
-            states = _zeros(table, N, H, how.STATES)
-            pool.start(p, H)
-            for block in plan.blocks:
-                gates = torch.index_select(table[p], 0, rows[block.rows])
-                _forward(cell, block, gates, weight[p], states, None, pool.seen(block))
-            pool.finish(states[0], how.UNIT)
+    plan = schedule(lengths, steps, P)
+    pool = Pool(table, N, P * H, steps, pooling, mask, plan, keep_outputs, peaks=False)
+    for p, tokens in enumerate(plan.tokens):
+        rows = tokens if ids is None else ids.reshape(-1).index_select(0, tokens)
+        states = _zeros(table, N, H, how.STATES)
+        pool.start(p, H)
+        for block in plan.blocks:
+            gates = torch.index_select(table[p], 0, rows[block.rows])
+            _forward(cell, block, gates, weight[p], states, None, pool.seen(block))
+        pool.finish(states[0], how.UNIT)
     return pool.vectors, pool.outputs
 
 
@@ -136,38 +135,37 @@ def forward(
     """
     how = CELLS[cell]
     N, P, H = lengths.shape[0], weight_hh.shape[0], weight_hh.shape[2]
-    with _threads(N):
-        plan = schedule(lengths, steps, P)
-        like = x.new_empty(0, dtype=compute_dtype(x.dtype))
-        # the packed rows come first; the rest is never touched, so it costs address space only
-        M = N * steps if keep else 0
-        gates = _empty((P, M, 4 * H), like)
-        kept = [_empty((P, M, H), like) for _ in range(how.STATES)]
-        peaks = keep and pooling == "max"
-        pool = Pool(like, N, P * H, steps, pooling, mask, plan, keep_outputs, peaks)
-        for p, tokens in enumerate(plan.tokens):
-            words, rows = _distinct(ids, tokens, x.shape[0])
-            parts = [
-                _project(how, x.index_select(0, some), weight_ih[p], _of(bias, p))
-                for some in words.split(BLOCK)
-            ]
-            table = parts[0] if len(parts) == 1 else torch.cat(parts)
-            weight = how.recurrent_weight(weight_hh[p].to(like.dtype))
-            states = _zeros(like, N, H, how.STATES)
-            pool.start(p, H)
-            for block in plan.blocks:
-                before = None
-                if keep:
-                    part = gates[p, block.rows]
-                    before = tuple(tensor[p, block.rows] for tensor in kept)
-                else:
-                    part = like.new_empty(block.rows.stop - block.rows.start, 4 * H)
-                if rows is None:
-                    part.copy_(table[block.rows])
-                else:
-                    torch.index_select(table, 0, rows[block.rows], out=part)
-                _forward(cell, block, part, weight, states, before, pool.seen(block))
-            pool.finish(states[0], how.UNIT)
+    plan = schedule(lengths, steps, P)
+    like = x.new_empty(0, dtype=compute_dtype(x.dtype))
+    # the packed rows come first; the rest is never touched, so it costs address space only
+    M = N * steps if keep else 0
+    gates = _empty((P, M, 4 * H), like)
+    kept = [_empty((P, M, H), like) for _ in range(how.STATES)]
+    peaks = keep and pooling == "max"
+    pool = Pool(like, N, P * H, steps, pooling, mask, plan, keep_outputs, peaks)
+    for p, tokens in enumerate(plan.tokens):
+        words, rows = _distinct(ids, tokens, x.shape[0])
+        parts = [
+            _project(how, x.index_select(0, some), weight_ih[p], _of(bias, p))
+            for some in words.split(BLOCK)
+        ]
+        table = parts[0] if len(parts) == 1 else torch.cat(parts)
+        weight = how.recurrent_weight(weight_hh[p].to(like.dtype))
+        states = _zeros(like, N, H, how.STATES)
+        pool.start(p, H)
+        for block in plan.blocks:
+            before = None
+            if keep:
+                part = gates[p, block.rows]
+                before = tuple(tensor[p, block.rows] for tensor in kept)
+            else:
+                part = like.new_empty(block.rows.stop - block.rows.start, 4 * H)
+            if rows is None:
+                part.copy_(table[block.rows])
+            else:
+                torch.index_select(table, 0, rows[block.rows], out=part)
+            _forward(cell, block, part, weight, states, before, pool.seen(block))
+        pool.finish(states[0], how.UNIT)
     cells = kept[1] if how.STATES == 2 else like
     return pool.vectors, pool.outputs, Saved(gates, cells, kept[0], pool.peaks)
 
@@ -204,43 +202,42 @@ def backward(
     N, P, H = lengths.shape[0], weight_hh.shape[0], weight_hh.shape[2]
     dx = saved.gates.new_zeros(x.shape if need_dx else 0)
     weights: list[tuple[Tensor, Tensor, Tensor]] = []
-    with _threads(N):
-        plan = schedule(lengths, steps, P)
-        for p, tokens in enumerate(plan.tokens):
-            words, rows = _distinct(ids, tokens, x.shape[0])
-            columns = slice(p * H, (p + 1) * H)
-            dv = None if dvectors is None else dvectors[:, columns].to(dtype)
-            reached = Reached(dv, doutputs, columns, lengths, mask, saved.peaks, steps, pooling, p)
-            grads = _zeros(saved.gates, N, H, how.STATES)
-            if dv is not None and pooling == "last":
-                # a row of dh holds dv until the steps, coming from behind, reach its last one
-                torch.index_select(dv, 0, plan.order, out=grads[0])
-            weight = how.backward_weight(weight_hh[p].to(dtype))
-            dtable = saved.gates.new_zeros(words.shape[0], 4 * H)
-            h_by_gates = saved.gates.new_zeros(H, 4 * H)
-            for block in reversed(plan.blocks):
-                h = saved.states[p, block.rows]
-                before = (h, saved.cells[p, block.rows]) if how.STATES == 2 else (h,)
-                dgates = _backward(
-                    cell,
-                    block,
-                    saved.gates[p, block.rows],
-                    before,
-                    weight,
-                    grads,
-                    reached.rows(tokens[block.rows]),
-                )
-                h_by_gates.addmm_(h.T, dgates)
-                if rows is None:
-                    dtable[block.rows] = dgates
-                else:
-                    dtable.index_add_(0, rows[block.rows], dgates)
-            x_by_gates = saved.gates.new_zeros(x.shape[1], 4 * H)
-            for some, part in zip(words.split(BLOCK), dtable.split(BLOCK), strict=True):
-                x_by_gates.addmm_(x.index_select(0, some).to(dtype).T, part)
-            if need_dx:
-                dx.index_add_(0, words, how.input_gradient(dtable, weight_ih[p].to(dtype)))
-            weights.append(how.weight_gradients(x_by_gates, h_by_gates, dtable.sum(dim=0)))
+    plan = schedule(lengths, steps, P)
+    for p, tokens in enumerate(plan.tokens):
+        words, rows = _distinct(ids, tokens, x.shape[0])
+        columns = slice(p * H, (p + 1) * H)
+        dv = None if dvectors is None else dvectors[:, columns].to(dtype)
+        reached = Reached(dv, doutputs, columns, lengths, mask, saved.peaks, steps, pooling, p)
+        grads = _zeros(saved.gates, N, H, how.STATES)
+        if dv is not None and pooling == "last":
+            # a row of dh holds dv until the steps, coming from behind, reach its last one
+            torch.index_select(dv, 0, plan.order, out=grads[0])
+        weight = how.backward_weight(weight_hh[p].to(dtype))
+        dtable = saved.gates.new_zeros(words.shape[0], 4 * H)
+        h_by_gates = saved.gates.new_zeros(H, 4 * H)
+        for block in reversed(plan.blocks):
+            h = saved.states[p, block.rows]
+            before = (h, saved.cells[p, block.rows]) if how.STATES == 2 else (h,)
+            dgates = _backward(
+                cell,
+                block,
+                saved.gates[p, block.rows],
+                before,
+                weight,
+                grads,
+                reached.rows(tokens[block.rows]),
+            )
+            h_by_gates.addmm_(h.T, dgates)
+            if rows is None:
+                dtable[block.rows] = dgates
+            else:
+                dtable.index_add_(0, rows[block.rows], dgates)
+        x_by_gates = saved.gates.new_zeros(x.shape[1], 4 * H)
+        for some, part in zip(words.split(BLOCK), dtable.split(BLOCK), strict=True):
+            x_by_gates.addmm_(x.index_select(0, some).to(dtype).T, part)
+        if need_dx:
+            dx.index_add_(0, words, how.input_gradient(dtable, weight_ih[p].to(dtype)))
+        weights.append(how.weight_gradients(x_by_gates, h_by_gates, dtable.sum(dim=0)))
     dweight_ih, dweight_hh, dbias = (_stack(list(parts)) for parts in zip(*weights, strict=True))
     return dx, dweight_ih, dweight_hh, dbias
 
@@ -255,11 +252,12 @@ def _forward(
     seen: Seen,
 ) -> None:
     alive = tuple(state[block.group] for state in states)
-    if _steps.run(gates):
+    if not _steps.obstacle(gates.device, gates.dtype):
         _steps.forward(cell, gates, weight, alive, block.sizes, block.step, before, seen)
         return
-    first = block.step == 0
-    CELLS[cell].forward(gates, weight, alive, block.sizes, first, before, _visitor(block, seen))
+    first, visit = block.step == 0, _visitor(block, seen)
+    with _threads(block):
+        CELLS[cell].forward(gates, weight, alive, block.sizes, first, before, visit)
 
 
 def _backward(
@@ -272,11 +270,12 @@ def _backward(
     upstream: Tensor | None,
 ) -> Tensor:
     some = tuple(grad[block.group] for grad in grads)
-    if _steps.run(gates):
+    if not _steps.obstacle(gates.device, gates.dtype):
         return _steps.backward(cell, gates, before, weight, some, block.sizes, block.step, upstream)
-    dgates: Tensor = CELLS[cell].backward(
-        gates, before, weight, some, block.sizes, block.step == 0, upstream
-    )
+    with _threads(block):
+        dgates: Tensor = CELLS[cell].backward(
+            gates, before, weight, some, block.sizes, block.step == 0, upstream
+        )
     return dgates
 
 
@@ -325,10 +324,10 @@ def _zeros(like: Tensor, N: int, H: int, count: int) -> tuple[Tensor, ...]:
 
 
 @contextlib.contextmanager
-def _threads(N: int) -> Iterator[None]:
-    """Run a small batch on one thread: its operations are over before a second one wakes up."""
+def _threads(block: Block) -> Iterator[None]:
+    """Run few sequences on one thread: an operation is over before a second one wakes up."""
     before = torch.get_num_threads()
-    if N > SMALL or before == 1:
+    if block.sizes[0] > SMALL or before == 1:
         yield
         return
     torch.set_num_threads(1)

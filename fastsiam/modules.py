@@ -10,9 +10,10 @@ from typing import Any, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastsiam import functional
+from fastsiam import _steps, functional
 from fastsiam._backend import BACKENDS
 from fastsiam._checks import GATES, POOLINGS
+from fastsiam.batched import compute_dtype
 from fastsiam.functional import Lengths, Prepared, Weights
 
 Network = TypeVar("Network", bound=nn.RNNBase)
@@ -220,10 +221,16 @@ class _Siamese(nn.Module):
             filled=filled,
             who=f"{type(self).__name__}.explain",
         )
-        weight = self.weight_hh_l0
+        dtype = self.weight_hh_l0.dtype
+        loops = ""
+        if backend == "torch" and where.type == "cpu":
+            obstacle = _steps.obstacle(where, compute_dtype(dtype))
+            loops = (
+                f", step loops not compiled: {obstacle}" if obstacle else ", step loops compiled"
+            )
         return (
             f"{backend}: {reason} (H = {self.hidden_size}, "
-            f"{str(weight.dtype).removeprefix('torch.')} on {where.type})"
+            f"{str(dtype).removeprefix('torch.')} on {where.type}{loops})"
         )
 
     def extra_repr(self) -> str:

@@ -2,9 +2,9 @@
 // step computes, and the scales of gates and states, are explained there.
 //
 // Sequences do not need each other, so a tile of them runs through all steps of a block before the
-// next tile begins: its states stay in the first cache, the weights in the second. Several threads
-// take every so-manieth tile each. Rows of 4H gates and of H units lie packed, time-major, longest
-// sequence first; `sizes` says how many are alive at each step.
+// next tile begins: its states stay in the first cache, the weights in the second. Threads take
+// the tiles in turn. Rows of 4H gates and of H units lie packed, time-major, longest sequence first;
+// `sizes` says how many are alive at each step.
 
 #include <cstdint>
 #include <cstring>
@@ -50,13 +50,18 @@ INLINE void multiply_block(const float* a, int64_t stride_a, const float* panel,
 #pragma GCC unroll 8
             for (int c = 0; c < C; c++) sums[r][c] += a[r * stride_a + k] * right[c];
     }
+#pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
         float* row = &out[r * stride_out];
-        const float* sum = reinterpret_cast<const float*>(sums[r]);
-        if (columns == C * WIDTH)
-            for (int64_t j = 0; j < C * WIDTH; j++) row[j] += sum[j];
-        else
+        if (columns == C * WIDTH) {
+#pragma GCC unroll 8
+            for (int c = 0; c < C; c++)
+                *reinterpret_cast<Vector*>(&row[c * WIDTH]) += sums[r][c];
+        } else {
+            float sum[C * WIDTH];
+            std::memcpy(sum, sums[r], sizeof sum);
             for (int64_t j = 0; j < columns; j++) row[j] += sum[j];
+        }
     }
 }
 
@@ -97,8 +102,7 @@ INLINE float sigmoid(float x) {
     float power = shifted - 12582912.0f;
     // log(2) in two parts, of which the first has few bits: its multiples are exact
     float rest = -x - power * 0.693359375f + power * 2.12194440e-4f;
-    float series = rest * (1.0f / 5040) + 1.0f / 720;
-    series = series * rest + 1.0f / 120;
+    float series = rest * (1.0f / 720) + 1.0f / 120;
     series = series * rest + 1.0f / 24;
     series = series * rest + 1.0f / 6;
     series = series * rest + 0.5f;
@@ -197,11 +201,12 @@ struct Gru {
 };
 
 template <class Cell>
-void forward(int64_t H, int64_t steps, const int64_t* sizes, int64_t step, int64_t part,
-             int64_t parts, const float* weight, float* gates, float* h, float* c, float* before_h,
+void forward(int64_t H, int64_t steps, const int64_t* sizes, int64_t step, int threads,
+             const float* weight, float* gates, float* h, float* c, float* before_h,
              float* before_c, const Seen& seen) {
-    Panels right(weight, H, (4 - Cell::SKIPPED) * H);
-    for (int64_t from = part * TILE; from < sizes[0]; from += parts * TILE) {
+    const Panels right(weight, H, (4 - Cell::SKIPPED) * H);
+#pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1)
+    for (int64_t from = 0; from < sizes[0]; from += TILE) {
         for (int64_t t = 0, first = 0; t < steps && sizes[t] > from; first += sizes[t++]) {
             int64_t rows = least(TILE, sizes[t] - from), row = first + from;
             if (before_h) std::memcpy(&before_h[row * H], &h[from * H], rows * H * sizeof(float));
@@ -219,13 +224,14 @@ void forward(int64_t H, int64_t steps, const int64_t* sizes, int64_t step, int64
 }
 
 template <class Cell>
-void backward(int64_t H, int64_t steps, const int64_t* sizes, int64_t step, int64_t part,
-              int64_t parts, const float* weight, const float* gates, const float* before_h,
+void backward(int64_t H, int64_t steps, const int64_t* sizes, int64_t step, int threads,
+              const float* weight, const float* gates, const float* before_h,
               const float* before_c, const float* upstream, float* dgates, float* dh, float* dc) {
-    Panels right(weight, (4 - Cell::SKIPPED) * H, H);
+    const Panels right(weight, (4 - Cell::SKIPPED) * H, H);
     int64_t end = 0;
     for (int64_t t = 0; t < steps; t++) end += sizes[t];
-    for (int64_t from = part * TILE; from < sizes[0]; from += parts * TILE) {
+#pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1)
+    for (int64_t from = 0; from < sizes[0]; from += TILE) {
         for (int64_t t = steps, first = end; t-- > 0;) {
             first -= sizes[t];
             int64_t rows = least(TILE, sizes[t] - from);
@@ -247,21 +253,21 @@ void backward(int64_t H, int64_t steps, const int64_t* sizes, int64_t step, int6
 
 #define FORWARD(name, Cell)                                                                       \
     extern "C" void name(int64_t H, int64_t steps, const int64_t* sizes, int64_t step,            \
-                         int64_t part, int64_t parts, const float* weight, float* gates,          \
-                         float* h, float* c, float* before_h, float* before_c, float* outputs,    \
-                         float* pooled, const float* weights, int32_t* peaks) {                   \
-        forward<Cell>(H, steps, sizes, step, part, parts, weight, gates, h, c, before_h,          \
-                      before_c, {outputs, pooled, weights, peaks});                               \
+                         int threads, const float* weight, float* gates, float* h, float* c,      \
+                         float* before_h, float* before_c, float* outputs, float* pooled,         \
+                         const float* weights, int32_t* peaks) {                                  \
+        forward<Cell>(H, steps, sizes, step, threads, weight, gates, h, c, before_h, before_c,    \
+                      {outputs, pooled, weights, peaks});                                         \
     }
 FORWARD(lstm_forward, Lstm)
 FORWARD(gru_forward, Gru)
 
 #define BACKWARD(name, Cell)                                                                      \
     extern "C" void name(int64_t H, int64_t steps, const int64_t* sizes, int64_t step,            \
-                         int64_t part, int64_t parts, const float* weight, const float* gates,    \
+                         int threads, const float* weight, const float* gates,                    \
                          const float* before_h, const float* before_c, const float* upstream,     \
                          float* dgates, float* dh, float* dc) {                                   \
-        backward<Cell>(H, steps, sizes, step, part, parts, weight, gates, before_h, before_c,     \
+        backward<Cell>(H, steps, sizes, step, threads, weight, gates, before_h, before_c,         \
                        upstream, dgates, dh, dc);                                                 \
     }
 BACKWARD(lstm_backward, Lstm)

@@ -62,25 +62,25 @@ def resolve(device, call=None, **options):
 
 def test_auto_on_the_cpu():
     assert resolve(CPU).backend == "torch"
-    backend, reason = resolve(CPU, CALL)
+    backend, reason = resolve(CPU, CALL, machine="cpu")
     assert backend == "lstm"
     assert reason.startswith("nn.LSTM took 0.50 times as long as torch in the nearest measurement")
     assert reason.endswith("(scoring, H = 64, 2 sequences of up to 64 steps, 100% filled)")
-    backend, reason = resolve(CPU, CALL._replace(sequences=512))
+    backend, reason = resolve(CPU, CALL._replace(sequences=512), machine="cpu")
     assert backend == "torch"
     assert "nn.LSTM took 4.0 times as long as torch" in reason
 
 
 def test_auto_on_a_gpu(triton):
     assert resolve(CUDA, CALL).backend == "triton"
-    assert resolve(CUDA, CALL, gpu="another GPU").backend == "triton"
+    assert resolve(CUDA, CALL, machine="another GPU").backend == "triton"
     few, many = (CALL._replace(sequences=n, filled=None) for n in (64, 2048))
-    assert resolve(CUDA, few, gpu=GPU).backend == "triton"
+    assert resolve(CUDA, few, machine=GPU).backend == "triton"
     # of full batches nn.LSTM won, of others it lost
-    backend, reason = resolve(CUDA, many, gpu=GPU)
+    backend, reason = resolve(CUDA, many, machine=GPU)
     assert backend == "triton"
     assert "nn.LSTM took 3.0 times as long as triton" in reason
-    assert resolve(CUDA, many._replace(filled=1.0), gpu=GPU).backend == "lstm"
+    assert resolve(CUDA, many._replace(filled=1.0), machine=GPU).backend == "lstm"
 
 
 def test_auto_on_a_gpu_where_the_kernels_do_not_run():

@@ -299,11 +299,14 @@ def test_explain():
     m = make()
     name = "torch" if DEVICE == "cpu" else "triton"
     assert m.explain().startswith(f"{name}: inputs are on {DEVICE}")
-    assert m.explain().endswith(f"(H = 6, float32 on {DEVICE})")
+    assert f"(H = 6, float32 on {DEVICE}" in m.explain()
     assert m.explain("cpu").startswith("torch: inputs are on cpu, and triton's kernels run on cuda")
     for backend in ("torch", "lstm", "reference"):
         m = make(backend=backend, dtype=torch.bfloat16)
-        assert m.explain() == f"{backend}: named by the caller (H = 6, bfloat16 on {DEVICE})"
+        start = f"{backend}: named by the caller (H = 6, bfloat16 on {DEVICE}"
+        assert m.explain().startswith(start)
+        if backend != "torch" or DEVICE != "cpu":
+            assert m.explain() == f"{start})"
 
 
 def test_explain_on_cuda(triton):

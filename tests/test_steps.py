@@ -1,0 +1,174 @@
+"""The compiled step loops against those of tensor operations, in float64."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastsiam import SiameseLSTM, _steps, batched
+
+ROOT = Path(__file__).parents[1]
+COMPILED = not _steps.obstacle(torch.device("cpu"), torch.float32)
+needs_library = pytest.mark.skipif(not COMPILED, reason="the step loops are not compiled here")
+
+# around a tile's sequences, a product's rows and columns, and a vector's floats
+SIZES = [(1, 1), (2, 3), (5, 8), (7, 17), (24, 50), (25, 16), (49, 33), (130, 5)]
+WORK = [("last", False), ("last", True), ("max", False), ("mask", False), ("mask", True)]
+
+
+def draw(cell, N, H, P, T=6, D=4, V=11):
+    """Return ids, lengths (some 0), a mask and stacked weights, in float64."""
+    torch.manual_seed(N + H)
+    gates = 4 if cell == "lstm" else 3
+    lengths = torch.randint(T + 1, (N,))
+    lengths[0] = T
+    mask = torch.rand(N, T, dtype=torch.float64)
+    size = H**-0.5
+    weights = [
+        size * torch.randn(P, *shape).double()
+        for shape in ((gates * H, D), (gates * H, H), (4 * H,))
+    ]
+    return torch.randn(V, D).double(), torch.randint(V, (N, T)), lengths, mask, weights
+
+
+def run(cell, case, pooling, keep_outputs, dtype):
+    """Return all that a forward, a scoring and a backward give."""
+    x, ids, lengths, mask, weights = case
+    x, mask = x.to(dtype), mask.to(dtype) if pooling == "mask" else None
+    weight_ih, weight_hh, bias = (w.to(dtype) for w in weights)
+    T = ids.shape[1]
+    inputs = (x, ids, lengths, mask, weight_ih, weight_hh)
+    *found, saved = batched.forward(*inputs, bias, T, pooling, keep_outputs, cell)
+    table, weight = batched.prepare(x, weight_ih, weight_hh, bias, cell)
+    scored = batched.infer(table, weight, ids, lengths, mask, T, pooling, keep_outputs, cell)
+    torch.manual_seed(0)
+    gradients = [torch.randn(some.shape, dtype=torch.float64).to(dtype) for some in found]
+    if not keep_outputs:
+        gradients[1] = None
+    grads = [batched.backward(*gradients, *inputs, saved, T, pooling, True, cell) for _ in range(2)]
+    # a backward leaves what was saved for another one
+    for first, second in zip(*grads, strict=True):
+        assert torch.equal(first, second)
+    return [*found, *scored, saved.peaks, *grads[0]]
+
+
+@needs_library
+@pytest.mark.parametrize(("pooling", "keep_outputs"), WORK)
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize(("N", "H"), SIZES)
+def test_against_tensor_operations(cell, N, H, pooling, keep_outputs):
+    case = draw(cell, N, H, P=1 + N % 2)
+    truth = run(cell, case, pooling, keep_outputs, torch.float64)
+    found = run(cell, case, pooling, keep_outputs, torch.float32)
+    for ours, theirs in zip(found, truth, strict=True):
+        if theirs.dtype == torch.float64:
+            largest = theirs.abs().max().item() if theirs.numel() else 0.0
+            torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=3e-6 * max(1, largest))
+        elif theirs.numel():
+            # a maximum's step may be another one where two states differ in rounding alone
+            assert (ours != theirs).double().mean() < 0.02
+
+
+@needs_library
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_threads_change_no_bit(cell):
+    case = draw(cell, N=300, H=50, P=1, T=9)
+    x, ids, lengths, _, weights = case
+    table, weight = batched.prepare(x.float(), *(w.float() for w in weights), cell)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(batched.infer(table, weight, ids, lengths, None, 9, "last", True, cell))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+
+
+@needs_library
+@pytest.mark.parametrize("value", [0.0, 1e-30, 0.7, 20.0, 87.5, 90.0, 1e4, torch.inf, torch.nan])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_gates_of_any_size(value, sign):
+    """One step from a zero state: h = sigmoid(o) tanh(sigmoid(i) tanh(g))."""
+    H = 9
+    gates = torch.full((1, 4 * H), sign * value)
+    states = (torch.zeros(1, H), torch.zeros(1, H))
+    nothing = _steps.Seen(None, None, None, None)
+    _steps.forward("lstm", gates, torch.zeros(H, 4 * H), states, [1], 0, None, nothing)
+    # inside, the gates of g are doubled, c is doubled and h is halved
+    i = o = torch.sigmoid(torch.tensor(sign * value).double())
+    truth = o * torch.tanh(i * torch.tanh(torch.tensor(sign * value).double() / 2))
+    torch.testing.assert_close(
+        states[0].double() * 2, truth.expand(1, H), rtol=0, atol=1.5e-7, equal_nan=True
+    )
+
+
+@needs_library
+def test_sigmoid_is_right_to_rounding():
+    """An input gate, seen in the gates that a forward leaves."""
+    N, H = 2501, 8
+    x = torch.linspace(-90, 90, N * 4 * H).view(N, 4 * H)
+    gates, states = x.clone(), (torch.zeros(N, H), torch.zeros(N, H))
+    nothing = _steps.Seen(None, None, None, None)
+    _steps.forward("lstm", gates, torch.zeros(H, 4 * H), states, [N], 0, None, nothing)
+    error = gates.double()[:, : 2 * H] - torch.sigmoid(x.double())[:, : 2 * H]
+    assert error.abs().max() < 1e-7
+
+
+@needs_library
+def test_a_nan_stays_in_its_sequence():
+    case = draw("lstm", N=30, H=8, P=1)
+    x, ids, lengths, _, weights = case
+    x, lengths = x.float(), torch.full_like(lengths, 6)
+    x[3] = torch.nan
+    table, weight = batched.prepare(x, *(w.float() for w in weights), "lstm")
+    for pooling in ("last", "max"):
+        vectors, _ = batched.infer(table, weight, ids, lengths, None, 6, pooling, False, "lstm")
+        assert torch.equal(vectors.isnan().any(dim=1), (ids == 3).any(dim=1))
+        assert torch.equal(vectors.isnan().any(dim=1), vectors.isnan().all(dim=1))
+
+
+def explain(**changes):
+    program = (
+        "from fastsiam import SiameseLSTM; print(SiameseLSTM(3, 2, backend='torch').explain())"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | changes,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+
+
+def test_explain_says_whether():
+    assert explain(FASTSIAM_STEPS="0").endswith("step loops not compiled: FASTSIAM_STEPS=0)\n")
+    model = SiameseLSTM(3, 2, backend="torch", dtype=torch.float64)
+    assert model.explain("cpu").endswith(
+        "step loops not compiled: they take float32, and the states are float64)"
+    )
+    if COMPILED:
+        model = SiameseLSTM(3, 2, backend="torch", dtype=torch.bfloat16)
+        assert model.explain("cpu").endswith("bfloat16 on cpu, step loops compiled)")
+
+
+@needs_library
+def test_why_there_is_no_library(monkeypatch, tmp_path):
+    monkeypatch.setattr(_steps.torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    monkeypatch.setattr(_steps.platform, "machine", lambda: "x86_64")
+    assert _steps._load() == (None, "this processor has no AVX2")
+    monkeypatch.setattr(_steps.platform, "machine", lambda: "aarch64")
+
+    found = _steps.importlib.util.find_spec("fastsiam._compiled_steps")
+    (tmp_path / "damaged.so").write_bytes(b"no library")
+    found.origin = str(tmp_path / "damaged.so")
+    monkeypatch.setattr(_steps.importlib.util, "find_spec", lambda _: found)
+    library, why = _steps._load()
+    assert library is None
+    assert why.startswith("they could not be loaded: ")
+
+    monkeypatch.setattr(_steps.importlib.util, "find_spec", lambda _: None)
+    assert _steps._load() == (None, "there was no C++ compiler when fastsiam was installed")
