@@ -23,18 +23,12 @@ from fastsiam.bulk import (
     search_file,
 )
 from fastsiam.cli_exit import EXIT_CODES, exit_codes
+from fastsiam.cli_options import Device, ModelFolder, Quiet, split_columns
 from fastsiam.model import TextSiamese
 from fastsiam.text.streams import writing
 
 app = typer.Typer()
 
-ModelFolder = Annotated[
-    Path, typer.Argument(metavar="DIR", help="Folder that 'fastsiam train' wrote.")
-]
-Device = Annotated[
-    str | None,
-    typer.Option(metavar="NAME", help="cpu, cuda or cuda:0.  [default: cuda where there is one]"),
-]
 Column = Annotated[
     str | None,
     typer.Option(
@@ -42,7 +36,6 @@ Column = Annotated[
         help="FILE is a table, and this its column: a name, or a number where there is no header.",
     ),
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing beside the result.")]
 
 
 @app.command("encode", epilog=EXIT_CODES)
@@ -56,7 +49,10 @@ def encode_command(
     device: Device = None,
     quiet: Quiet = False,
 ) -> None:
-    """Write the vectors of a file's sentences, row n for line n: [n, size] as an .npy file."""
+    """Write the vectors of a file's sentences.
+
+    Row n is that of line n: [n, size] as an .npy file.
+    """
     with exit_codes():
         model = TextSiamese.from_pretrained(folder, device)
         with _progress("encoding", file, quiet, model) as on_block:
@@ -86,9 +82,12 @@ def score_command(
     device: Device = None,
     quiet: Quiet = False,
 ) -> None:
-    """Score a file of sentence pairs: similarity and score, line n for line n of FILE."""
+    """Score a file of sentence pairs.
+
+    Line n of what is written has similarity and score of the pair on line n of FILE.
+    """
     with exit_codes():
-        names = _split_columns(columns)
+        names = split_columns(columns, "LEFT,RIGHT")
         model = TextSiamese.from_pretrained(folder, device)
         with _progress("scoring", file, quiet, model) as on_block:
             score_file(model, file, out, columns=names, on_block=on_block)
@@ -197,12 +196,3 @@ def _progress(what: str, file: str, quiet: bool, model: TextSiamese) -> Iterator
             f"cut to {model.max_len} tokens",
             err=True,
         )
-
-
-def _split_columns(columns: str | None) -> tuple[str, str] | None:
-    if columns is None:
-        return None
-    names = [name.strip() for name in columns.split(",")]
-    if len(names) != 2 or not all(names):
-        raise ValueError(f"columns must be LEFT,RIGHT, got {columns!r}")
-    return names[0], names[1]
