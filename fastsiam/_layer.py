@@ -26,8 +26,8 @@ def prepare(
 ) -> tuple[Tensor, Tensor]:
     """Project the rows of x, [R, D], and lay the recurrent weight out for `infer`."""
     if backend == "triton":
-        packing = _packing_of(cell)
-        return packing.pack_table(x, weight_ih, bias), packing.pack_weight_fwd(weight_hh)
+        table, weight = _packing_of(cell).prepare(x, weight_ih, weight_hh, bias)
+        return table, weight
     return batched.prepare(x, weight_ih, weight_hh, bias, cell)
 
 
@@ -122,12 +122,10 @@ def run(
     if backend == "triton":
         from fastsiam.kernels._packing import token_rows
 
-        packing = _packing_of(cell)
         rows, row_ids = token_rows(x, ids, lengths, steps)
         outputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
         outputs = _launchers(cell)[0](
-            packing.pack_table(rows, weight_ih, bias),
-            packing.pack_weight_fwd(weight_hh),
+            *_packing_of(cell).prepare(rows, weight_ih, weight_hh, bias),
             row_ids,
             lengths,
             mask,
@@ -191,12 +189,13 @@ def gradients(
     """
     if backend == "triton":
         packing = _packing_of(cell)
+        packed_ih, packed_hh = packing.pack_backward(weight_ih if need_dx else None, weight_hh)
         dgates = _launchers(cell)[1](
             dpair,
             dvectors,
             doutputs,
             h,
-            packing.pack_weight_bwd(weight_hh),
+            packed_hh,
             lengths,
             mask,
             *saved,
@@ -205,7 +204,7 @@ def gradients(
             allow_tf32,
         )
         found: tuple[Tensor, Tensor, Tensor, Tensor] = packing.weight_gradients(
-            dgates, saved.states, x, ids, lengths, weight_ih, weight_hh, steps, need_dx
+            dgates, saved.states, x, ids, lengths, packed_ih, weight_hh.shape[2], steps
         )
         return found
     dtype = saved.gates.dtype

@@ -1,13 +1,11 @@
-"""Weights and tables in the kernels' row order and scaling: the only file that knows either.
+"""Weights and tables for the kernels, and their gradients: the only file that knows the scaling.
 
 Scaling. The kernels use sigmoid(x) = (1 + tanh(x / 2)) / 2 and keep 2h instead of h: with the rows
 of i, f, o halved and the recurrent weight halved once more, a cell needs no multiplication for it.
 Backward, what the kernel stores for a gate is the gradient with respect to its pre-activation times
 4 (i, f) or 2 (g, o). All factors are powers of two, so nothing is rounded.
 
-Row order. In a table a unit's four gates stand together, i, f, g, o. The forward weight's rows are
-[gate / 2][unit / 8][gate % 2][unit % 8], which makes a tensor-core accumulator hold a unit's four
-gates in one thread. docs/kernels.md has the drawing.
+The row order is `_pack`'s.
 """
 
 from __future__ import annotations
@@ -18,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastsiam.kernels._pack import pack
 from fastsiam.kernels._tiling import block_h
 
 _INPUT = (0.5, 0.5, 1.0, 0.5)  # of a pre-activation, gates i, f, g, o
@@ -39,13 +38,13 @@ def bits_dtype(dtype: torch.dtype) -> torch.dtype:
 def packed_shapes(
     R: int, H: int, dtype: torch.dtype, P: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the shapes of `pack_table` of R rows and of `pack_weight_fwd`, for P directions."""
+    """Return the shapes of what `prepare` makes of R rows, for P directions."""
     block = block_h(H)
     return (R, P, block, _words(dtype, 4)), (P, 4 * block, block)
 
 
 def table_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of `pack_table`: words of two in half precision."""
+    """Return the dtype of a table: words of two in half precision."""
     return torch.float32 if dtype == torch.float32 else torch.int32
 
 
@@ -61,39 +60,37 @@ def record_shapes(N: int, T: int, H: int, P: int) -> tuple[tuple[int, ...], ...]
     return (P, rows, block, 4), (P, rows, block, 2), (P, rows, block)
 
 
-def pack_table(
-    x: Tensor, weight_ih: Tensor, bias: Tensor | None, of_gates: tuple[float, ...] = _INPUT
-) -> Tensor:
-    """Project the rows of x, [R, D], to gates of a cell's order: see `packed_shapes`."""
-    weight = _pack_input(weight_ih, of_gates).flatten(0, 2)
-    if bias is None:
-        table = x @ weight.T
-    else:
-        packed_bias = _pack_input(bias.unsqueeze(2), of_gates).flatten()
-        table = torch.addmm(packed_bias, x, weight.T)
-    P, rows = weight_ih.shape[:2]
-    shape, _ = packed_shapes(x.shape[0], rows // 4, x.dtype, P)
-    return table.view(table_dtype(x.dtype)).view(shape)
+def prepare(
+    x: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias: Tensor | None,
+    of_gates: tuple[float, ...] = _INPUT,
+) -> tuple[Tensor, Tensor]:
+    """Project the rows of x, [R, D], to gates; return them and the bits of weight_hh for `a + W h`.
+
+    The shapes are `packed_shapes`.
+    """
+    packed_ih, weight, packed_bias = pack(
+        weight_ih, weight_hh, bias, _factors(of_gates, x.device, torch.float32), transposed=False
+    )
+    columns = packed_ih.flatten(0, 1).T
+    table = x @ columns if bias is None else torch.addmm(packed_bias.flatten(), x, columns)
+    shape, _ = packed_shapes(x.shape[0], weight_hh.shape[2], x.dtype, len(weight_hh))
+    return table.view(table_dtype(x.dtype)).view(shape), weight.view(bits_dtype(x.dtype))
 
 
-def pack_weight_fwd(weight_hh: Tensor, of_gates: tuple[float, ...] = _INPUT) -> Tensor:
-    """Return the bits of weight_hh, [P, 4H, H], as [P, 4 * block, block] for `a + W h`."""
-    weight = _pad_recurrent(weight_hh, of_gates)
-    P, block = weight.shape[0], weight.shape[2]
-    rows = weight.view(P, 2, 2, block // 8, 8, block).transpose(2, 3)
-    return rows.reshape(P, 4 * block, block).view(bits_dtype(weight_hh.dtype))
-
-
-def pack_weight_bwd(weight_hh: Tensor, of_gates: tuple[float, ...] = _GRADIENT) -> Tensor:
-    """Return the bits of weight_hh transposed, [P, 2, block, 2 * block]: columns i, f and g, o."""
-    weight = _pad_recurrent(weight_hh, of_gates)
-    P, block = weight.shape[0], weight.shape[2]
-    halves = weight.view(P, 2, 2, block, block).permute(0, 1, 4, 2, 3).contiguous()
-    return halves.view(P, 2, block, 2 * block).view(bits_dtype(weight_hh.dtype))
+def pack_backward(
+    weight_ih: Tensor | None, weight_hh: Tensor, of_gates: tuple[float, ...] = _GRADIENT
+) -> tuple[Tensor | None, Tensor]:
+    """Return weight_ih, if given, for `weight_gradients` and the bits of weight_hh transposed."""
+    factors = _factors(of_gates, weight_hh.device, torch.float32)
+    packed_ih, weight, _ = pack(weight_ih, weight_hh, None, factors, transposed=True)
+    return None if weight_ih is None else packed_ih, weight.view(bits_dtype(weight_hh.dtype))
 
 
 def rounded(weight: Tensor) -> Tensor:
-    """Return what `pack_weight_fwd` makes of float32 as the bits of float16, with its largest."""
+    """Return a float32 weight of `prepare` as the bits of float16, kept within its range."""
     largest = torch.finfo(torch.float16).max
     kept = weight.view(torch.float32).clamp(-largest, largest)
     return kept.to(torch.float16).view(torch.int16)
@@ -129,10 +126,9 @@ def weight_gradients(
     x: Tensor,
     ids: Tensor | None,
     lengths: Tensor,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
+    packed_ih: Tensor | None,
+    H: int,
     steps: int,
-    need_dx: bool,
     of_gates: tuple[float, ...] = _GRADIENT,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Turn the kernel's gate gradients into gradients of the weights.
@@ -142,15 +138,15 @@ def weight_gradients(
             2h, and finite.
         x, ids: the rows and ids that the forward projected, as given to the operator.
         lengths: [N].
-        weight_ih, weight_hh: [P, 4H, D], [P, 4H, H].
+        packed_ih: of `pack_backward`, or None where the gradient of x is not wanted.
+        H: hidden size.
         steps: T.
-        need_dx: whether the gradient of x is wanted.
         of_gates: what a stored gate gradient counts, gate by gate.
 
     Returns:
         dx (like x, or empty), dweight_ih, dweight_hh, dbias [P, 4H].
     """
-    N, P, H = lengths.shape[0], weight_hh.shape[0], weight_hh.shape[2]
+    N, P = lengths.shape[0], dgates.shape[0]
     dgates = dgates.flatten(2)
     # halved because the states are 2h
     gates_by_h = torch.bmm(dgates.transpose(1, 2), states)[:, :, :H]
@@ -163,14 +159,13 @@ def weight_gradients(
     dweight_ih = _unpack(torch.bmm(drows.transpose(1, 2), rows.expand(P, -1, -1)), H, of_gates)
     dbias = _unpack(drows.sum(dim=1, dtype=torch.float32).unsqueeze(2), H, of_gates).squeeze(2)
     dx = x.new_empty(0)
-    if need_dx:
-        weight = _pack_input(weight_ih, of_gates).flatten(1, 2)
-        dx = drows[0] @ weight[0]
+    if packed_ih is not None:
+        dx = drows[0] @ packed_ih[0]
         if P == 2:
-            dx = torch.addmm(dx, drows[1], weight[1])
+            dx = torch.addmm(dx, drows[1], packed_ih[1])
         if row_ids is None and ids is not None:
             dx = _sum_by_id(dx.unsqueeze(0), ids, lengths, x.shape[0])[0]
-    return dx, dweight_ih, dweight_hh, dbias.to(weight_hh.dtype)
+    return dx, dweight_ih, dweight_hh, dbias.to(x.dtype)
 
 
 def _at_tokens(dgates: Tensor) -> Tensor:
@@ -209,26 +204,6 @@ def _halved(of_gates: tuple[float, ...]) -> tuple[float, ...]:
 
 def _words(dtype: torch.dtype, values: int) -> int:
     return values if dtype == torch.float32 else values // 2
-
-
-def _pack_input(weight: Tensor, of_gates: tuple[float, ...]) -> Tensor:
-    """Return [P, 4H, D] as [P, block, 4, D], a unit's gates together, each times its factor."""
-    P, rows, D = weight.shape
-    H = rows // 4
-    packed = weight.new_zeros(P, block_h(H), 4, D)
-    gates_first = packed[:, :H].transpose(1, 2)
-    factors = _factors(of_gates, weight.device, weight.dtype)
-    torch.mul(weight.view(P, 4, H, D), factors, out=gates_first)
-    return packed
-
-
-def _pad_recurrent(weight: Tensor, of_gates: tuple[float, ...]) -> Tensor:
-    """Return [P, 4H, H] as [P, 4, block, block], halved once more because the kernels keep 2h."""
-    P, _, H = weight.shape
-    packed = weight.new_zeros(P, 4, block_h(H), block_h(H))
-    factors = _factors(_halved(of_gates), weight.device, weight.dtype)
-    torch.mul(weight.view(P, 4, H, H), factors, out=packed[:, :, :H, :H])
-    return packed
 
 
 def _unpack(packed: Tensor, H: int, of_gates: tuple[float, ...]) -> Tensor:

@@ -34,6 +34,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastsiam.kernels import _tiling
+from fastsiam.kernels._pack import COLUMNS, WARPS, _pack_kernel
 from fastsiam.kernels.pairwise import _manhattan_pairs_kernel
 from fastsiam.kernels.siamese_bwd import _siamese_bwd_kernel
 from fastsiam.kernels.siamese_fwd import _siamese_fwd_kernel
@@ -54,6 +55,13 @@ PLAIN_FWD = COMMON | {
 PLAIN_BWD = COMMON | {"HAS_DPAIR": True, "HAS_DVECTORS": False, "HAS_DOUTPUTS": False}
 TRAIN = PLAIN_FWD | {"STORE_RECORDS": True}
 ENCODE_BWD = PLAIN_BWD | {"PAIRED": False, "HAS_DPAIR": False, "HAS_DVECTORS": True}
+PACK = {
+    "COLUMNS": COLUMNS,
+    "GATES": 4,
+    "TRANSPOSED": False,
+    "HAS_INPUT": True,
+    "HAS_BIAS": True,
+}
 BOTH_WAYS = {"DIRECTIONS": 2}
 MAXIMUM = {"POOLING": "max"}
 MASKED = {"POOLING": "mask"}
@@ -92,6 +100,14 @@ KERNELS = {
     "siamese_gru_bwd_max": (_siamese_gru_bwd_kernel, PLAIN_BWD | MAXIMUM),
     "siamese_gru_bwd_encode": (_siamese_gru_bwd_kernel, ENCODE_BWD),
     "siamese_gru_bwd_outputs": (_siamese_gru_bwd_kernel, PLAIN_BWD | {"HAS_DOUTPUTS": True}),
+    # without a loop
+    "pack": (_pack_kernel, PACK),
+    "pack_transposed": (_pack_kernel, PACK | {"TRANSPOSED": True, "HAS_BIAS": False}),
+    "pack_gru": (_pack_kernel, PACK | {"GATES": 3}),
+    "pack_gru_transposed": (
+        _pack_kernel,
+        PACK | {"GATES": 3, "TRANSPOSED": True, "HAS_BIAS": False},
+    ),
     # its loop is over features, and H says nothing
     "manhattan_pairs": (_manhattan_pairs_kernel, {"BLOCK_Q": 64, "BLOCK_M": 128}),
 }
@@ -138,7 +154,10 @@ BOUNDS = {
     ("siamese_gru_bwd", "tf32", 64, 4): 195,
     ("manhattan_pairs", "float32", 64, 4): 165,
 }
-VARIANTS = tuple(kernel for kernel in KERNELS if kernel not in (*PLAIN, *GRU, "manhattan_pairs"))
+PACKING = ("pack", "pack_transposed", "pack_gru", "pack_gru_transposed")
+VARIANTS = tuple(
+    kernel for kernel in KERNELS if kernel not in (*PLAIN, *GRU, *PACKING, "manhattan_pairs")
+)
 # of a test run: every bound that is promised on sm_90, and the hardest shape elsewhere
 _QUICK = {
     *itertools.product(PLAIN, ("sm_90",), DTYPES[:3], (64,)),
@@ -191,6 +210,8 @@ def tile_of(kernel: str, H: int, dtype: str, target: str, num_warps: int | None)
     tile = choose(H, torch_dtype(dtype), how.PRECISION, target)
     if kernel == "manhattan_pairs":
         num_warps = 4
+    if kernel in PACKING:
+        num_warps = WARPS
     return tile if num_warps is None else tile._replace(num_warps=num_warps)
 
 
@@ -226,6 +247,9 @@ def compile_job(job: Job) -> Any:
         "cells_ptr": words if backward else element,
         "states_ptr": element,
         "dgates_ptr": element,
+        **{f"{way}{name}_ptr": element for way in ("weight_", "packed_") for name in ("ih", "hh")},
+        "bias_ptr": element,
+        "packed_bias_ptr": element,
         "scale": "fp32",
     }
     constants = {
@@ -308,6 +332,11 @@ def jobs(quick: bool) -> list[Job]:
             plan.append((kernel, target, dtype, H, None))
     targets = ("sm_90", "gfx942") if quick else TARGETS
     plan += [("manhattan_pairs", target, "float32", 64, None) for target in targets]
+    shapes = ("bfloat16", 128), ("tf32", 64)
+    plan += [
+        (kernel, target, *shape, None)
+        for kernel, target, shape in itertools.product(PACKING, targets, shapes)
+    ]
     for kernel, dtype in itertools.product(PLAIN[:2], ("bfloat16", "tf32")):
         # what a busy multiprocessor is offered, and tf32 to compare
         plan.append((kernel, "sm_90", dtype, 64, 4))

@@ -46,8 +46,8 @@ def launch(steps):
     ids = torch.zeros(N, steps, device=DEVICE, dtype=torch.int32)
     ids[:, :4] = torch.randint(V, (N, 4), device=DEVICE, dtype=torch.int32)
     lengths = torch.tensor([4, 2, 3], device=DEVICE)
-    table = _packing.pack_table(x, weight_ih, None)
-    weight = _packing.pack_weight_fwd(weight_hh)
+    table, weight = _packing.prepare(x, weight_ih, weight_hh, None)
+    _, transposed = _packing.pack_backward(None, weight_hh)
     # H, steps, pooling, paired, allow_tf32, dtype
     how = (H, steps, "last", False, False, dtype)
     _, _, vectors, _, gates, cells, states, peaks = siamese_fwd(
@@ -55,8 +55,8 @@ def launch(steps):
     )
     dvectors = torch.randn_like(vectors)
     dgates = siamese_bwd(
-        None, dvectors, None, vectors, _packing.pack_weight_bwd(weight_hh), lengths, None,
-        gates, cells, states, peaks, steps, "last", False,
+        None, dvectors, None, vectors, transposed, lengths, None, gates, cells, states, peaks,
+        steps, "last", False,
     )  # fmt: skip
     largest = max(t.numel() for t in (gates, cells, states, dgates))
     records = (t.reshape(N, steps + 1, -1)[:, :5] for t in (gates, states, dgates))

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = [
     ("kernels._math",),
     ("kernels._tiling",),
+    ("kernels._pack",),
     ("kernels._packing",),
     ("kernels._packing_gru",),
     ("kernels._forward", "kernels._backward"),

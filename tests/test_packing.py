@@ -1,0 +1,60 @@
+"""Packed weights, bit for bit: every element at its place, scaled, and 0 everywhere else."""
+
+import pytest
+import torch
+from cases import DEVICE
+
+FACTORS = (0.5, 0.25, 1.0, 2.0)
+
+
+def four_gates(weight, gates, block, times=1.0):
+    """Return [P, len(gates) * H, K] scaled, as [P, 4, block, K]; `gates` are those that it has."""
+    P, rows, K = weight.shape
+    H = rows // len(gates)
+    full = weight.new_zeros(P, 4, block, K)
+    for number, gate in enumerate(gates):
+        full[:, gate, :H] = weight[:, number * H : (number + 1) * H] * (times * FACTORS[gate])
+    return full
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("P", [1, 2], ids=["one-way", "both-ways"])
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize(
+    ("H", "D", "block"), [(1, 1, 32), (32, 7, 32), (33, 65, 64), (50, 130, 64), (101, 3, 128)]
+)
+def test_every_bit_is_in_its_place(triton, H, D, block, cell, P, dtype):
+    from fastsiam.kernels._pack import pack
+
+    torch.manual_seed(H)
+    # r, z, n, y: the input has no part in y, the state none in n
+    of_input, of_state = ((0, 1, 2), (0, 1, 3)) if cell == "gru" else ((0, 1, 2, 3),) * 2
+    rows = len(of_input) * H
+    weight_ih = torch.randn(P, rows, D, device=DEVICE).to(dtype)
+    # columns first in memory
+    weight_hh = torch.randn(P, H, rows, device=DEVICE).to(dtype).transpose(1, 2)
+    bias = torch.randn(P, 4 * H, device=DEVICE).to(dtype)
+    factors = torch.tensor(FACTORS, device=DEVICE)
+
+    ahead = pack(weight_ih, weight_hh, bias, factors, transposed=False)
+    back = pack(weight_ih, weight_hh, None, factors, transposed=True)
+    alone = pack(None, weight_hh, None, factors, transposed=True)
+
+    by_unit = four_gates(weight_ih, of_input, block).transpose(1, 2).reshape(P, 4 * block, D)
+    assert torch.equal(ahead[0], by_unit)
+    assert torch.equal(back[0], by_unit)
+    by_unit = four_gates(bias.unsqueeze(2), (0, 1, 2, 3), block).transpose(1, 2)
+    assert torch.equal(ahead[2], by_unit.reshape(P, 4 * block))
+    # the state comes twice as large
+    full = weight_hh.new_zeros(P, 4, block, block)
+    full[..., :H] = four_gates(weight_hh, of_state, block, times=0.5)
+    found = ahead[1].view(P, 2, block // 8, 2, 8, block).transpose(2, 3).reshape(full.shape)
+    assert torch.equal(found, full)
+    first, second = torch.cat((full[:, 0], full[:, 1]), dim=1), full[:, 3]
+    if cell == "lstm":
+        second = torch.cat((full[:, 2], full[:, 3]), dim=1)
+    parts = [part.transpose(1, 2).reshape(P, -1) for part in (first, second)]
+    assert torch.equal(back[1].reshape(P, -1), torch.cat(parts, dim=1))
+    assert torch.equal(alone[1], back[1])
+    assert not alone[0].numel()
+    assert not back[2].numel()
