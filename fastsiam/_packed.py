@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastsiam import _steps
 from fastsiam._steps import Seen
 
 # sequences in a group, and packed rows that a block has at least where its group has as many
@@ -33,19 +34,12 @@ class Schedule(NamedTuple):
 
 def schedule(lengths: Tensor, steps: int, P: int) -> Schedule:
     """Order the sequences of `lengths`, [N], each padded to `steps`, for P directions."""
-    longest_first, order = torch.sort(lengths.long(), descending=True, stable=True)
-    tokens: list[list[Tensor]] = [[] for _ in range(P)]
+    compiled = not _steps.obstacle(lengths.device, torch.float32)
+    order, tokens, alive = (_steps.schedule if compiled else _order)(lengths, steps, P, GROUP)
     blocks: list[Block] = []
-    start = row = 0
-    for some, sequences in zip(longest_first.split(GROUP), order.split(GROUP), strict=True):
-        finished = torch.bincount(some, minlength=1).cumsum(0)[:-1]
-        time = torch.arange(finished.shape[0], device=lengths.device).unsqueeze(1)
-        valid, first = time < some, sequences * steps
-        tokens[0].append((first + time)[valid])
-        if P == 2:
-            tokens[1].append((first + some - 1 - time)[valid])
-        group = slice(start, start + some.shape[0])
-        left = (some.shape[0] - finished).tolist()
+    row = 0
+    for number, left in enumerate(alive):
+        group = slice(number * GROUP, min((number + 1) * GROUP, lengths.shape[0]))
         step = 0
         while left:
             taken = count = 0
@@ -54,8 +48,25 @@ def schedule(lengths: Tensor, steps: int, P: int) -> Schedule:
                 taken += 1
             blocks.append(Block(group, step, left[:taken], slice(row, row + count)))
             left, step, row = left[taken:], step + taken, row + count
-        start = group.stop
-    return Schedule(order, [torch.cat(each) for each in tokens], blocks)
+    return Schedule(order, tokens, blocks)
+
+
+def _order(
+    lengths: Tensor, steps: int, P: int, group: int
+) -> tuple[Tensor, list[Tensor], list[list[int]]]:
+    """Do as `_steps.schedule` in tensor operations."""
+    longest_first, order = torch.sort(lengths.long(), descending=True, stable=True)
+    tokens: list[list[Tensor]] = [[] for _ in range(P)]
+    alive: list[list[int]] = []
+    for some, sequences in zip(longest_first.split(group), order.split(group), strict=True):
+        finished = torch.bincount(some, minlength=1).cumsum(0)[:-1]
+        time = torch.arange(finished.shape[0], device=lengths.device).unsqueeze(1)
+        valid, first = time < some, sequences * steps
+        tokens[0].append((first + time)[valid])
+        if P == 2:
+            tokens[1].append((first + some - 1 - time)[valid])
+        alive.append((some.shape[0] - finished).tolist())
+    return order, [torch.cat(each) for each in tokens], alive
 
 
 class Pool:

@@ -11,7 +11,7 @@ import ctypes
 import importlib.util
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -50,6 +50,8 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
                 # H, steps, sizes, step, threads, and the tensors
                 numbers = [_INTEGER, _INTEGER, _POINTER, _INTEGER, ctypes.c_int]
                 function.argtypes, function.restype = numbers + [_POINTER] * tensors, None
+        library.schedule.argtypes = [_INTEGER] * 3 + [_POINTER] * 5
+        library.schedule.restype = _INTEGER
     except (OSError, AttributeError) as error:
         return None, f"they could not be loaded: {error}"
     return library, ""
@@ -69,6 +71,23 @@ def obstacle(device: torch.device, dtype: torch.dtype) -> str:
     if dtype != torch.float32:
         return f"they take float32, and the states are {str(dtype).removeprefix('torch.')}"
     return _WHY_NOT
+
+
+def schedule(
+    lengths: Tensor, steps: int, P: int, group: int
+) -> tuple[Tensor, list[Tensor], list[list[int]]]:
+    """Return sequences, longest first; each direction's tokens; each group's rows by step."""
+    N = lengths.shape[0]
+    order = torch.empty(N, dtype=torch.long)
+    tokens = [torch.empty(N * steps, dtype=torch.long) for _ in range(P)]
+    alive = (_INTEGER * (-(-N // group) * steps))()
+    lengths = lengths.long().contiguous()
+    found = [lengths, order, *tokens, *[None] * (2 - P)]
+    assert _LIBRARY is not None
+    count = _LIBRARY.schedule(N, steps, group, *_pointers(found), ctypes.addressof(alive))
+    by_group = [alive[at : at + steps] for at in range(0, len(alive), steps)] if steps else []
+    sizes = [some[: some.index(0)] if 0 in some else some for some in by_group]
+    return order, [t[:count] for t in tokens], sizes
 
 
 def forward(
@@ -117,12 +136,16 @@ def _two(tensors: tuple[Tensor, ...]) -> tuple[Tensor | None, Tensor | None]:
 def _call(
     name: str, H: int, sizes: list[int], step: int, tensors: tuple[Tensor | None, ...]
 ) -> None:
-    # a pointer says nothing of strides
-    assert all(tensor is None or tensor.is_contiguous() for tensor in tensors), name
     function: Callable[..., None] = getattr(_LIBRARY, name)
-    pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
     counts = (_INTEGER * len(sizes))(*sizes)
 
     worth = 1 + sum(sizes) * H * H * 4 // WORTH
     threads = min(torch.get_num_threads(), worth, -(-sizes[0] // TILE))
-    function(H, len(sizes), counts, step, threads, *pointers)
+    function(H, len(sizes), counts, step, threads, *_pointers(tensors))
+
+
+def _pointers(tensors: Iterable[Tensor | None]) -> Iterator[int | None]:
+    for tensor in tensors:
+        # a pointer says nothing of strides
+        assert tensor is None or tensor.is_contiguous()
+        yield None if tensor is None else tensor.data_ptr()

@@ -214,7 +214,7 @@ def backward(
             torch.index_select(dv, 0, plan.order, out=grads[0])
         weight = how.backward_weight(weight_hh[p].to(dtype))
         dtable = saved.gates.new_zeros(words.shape[0], 4 * H)
-        h_by_gates = saved.gates.new_zeros(H, 4 * H)
+        gates_by_h = saved.gates.new_zeros(4 * H, H)
         for block in reversed(plan.blocks):
             h = saved.states[p, block.rows]
             before = (h, saved.cells[p, block.rows]) if how.STATES == 2 else (h,)
@@ -227,17 +227,17 @@ def backward(
                 grads,
                 reached.rows(tokens[block.rows]),
             )
-            h_by_gates.addmm_(h.T, dgates)
+            gates_by_h.addmm_(dgates.T, h)
             if rows is None:
                 dtable[block.rows] = dgates
             else:
                 dtable.index_add_(0, rows[block.rows], dgates)
-        x_by_gates = saved.gates.new_zeros(x.shape[1], 4 * H)
+        gates_by_x = saved.gates.new_zeros(4 * H, x.shape[1])
         for some, part in zip(words.split(BLOCK), dtable.split(BLOCK), strict=True):
-            x_by_gates.addmm_(x.index_select(0, some).to(dtype).T, part)
+            gates_by_x.addmm_(part.T, x.index_select(0, some).to(dtype))
         if need_dx:
             dx.index_add_(0, words, how.input_gradient(dtable, weight_ih[p].to(dtype)))
-        weights.append(how.weight_gradients(x_by_gates, h_by_gates, dtable.sum(dim=0)))
+        weights.append(how.weight_gradients(gates_by_x, gates_by_h, dtable.sum(dim=0)))
     dweight_ih, dweight_hh, dbias = (_stack(list(parts)) for parts in zip(*weights, strict=True))
     return dx, dweight_ih, dweight_hh, dbias
 

@@ -166,20 +166,20 @@ def input_gradient(dgates: Tensor, weight_ih: Tensor) -> Tensor:
 
 
 def weight_gradients(
-    x_by_gates: Tensor, h_by_gates: Tensor, gates_sum: Tensor
+    gates_by_x: Tensor, gates_by_h: Tensor, gates_sum: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Turn products with the result of `backward` into gradients in PyTorch's order.
 
     Args:
-        x_by_gates: [D, 4H] sum over tokens of x and dgates.
-        h_by_gates: [H, 4H] of the h before each token and dgates.
+        gates_by_x: [4H, D] sum over tokens of dgates and x.
+        gates_by_h: [4H, H] of dgates and the h before each token.
         gates_sum: [4H] of dgates.
 
     Returns:
         Gradients of weight_ih [3H, D], weight_hh [3H, H] and bias [4H].
     """
     of_x, of_h, of_bias = (
-        _scaled(gates, _BACKWARD).chunk(4) for gates in (x_by_gates.T, h_by_gates.T, gates_sum)
+        _scaled(gates, _BACKWARD).chunk(4) for gates in (gates_by_x, gates_by_h, gates_sum)
     )
     n, r, z, y = range(4)
     return (

@@ -156,21 +156,21 @@ def input_gradient(dgates: Tensor, weight_ih: Tensor) -> Tensor:
 
 
 def weight_gradients(
-    x_by_gates: Tensor, h_by_gates: Tensor, gates_sum: Tensor
+    gates_by_x: Tensor, gates_by_h: Tensor, gates_sum: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Turn products with the result of `backward` into gradients in PyTorch's order.
 
     Args:
-        x_by_gates: [D, 4H] sum over tokens of x and dgates.
-        h_by_gates: [H, 4H] of the h before each token and dgates.
+        gates_by_x: [4H, D] sum over tokens of dgates and x.
+        gates_by_h: [4H, H] of dgates and the h before each token.
         gates_sum: [4H] of dgates.
 
     Returns:
         Gradients of weight_ih [4H, D], weight_hh [4H, H] and bias [4H].
     """
     return (
-        _scaled(x_by_gates.T, _BACKWARD),
-        _scaled(h_by_gates.T, _BACKWARD) * UNIT,
+        _scaled(gates_by_x, _BACKWARD),
+        _scaled(gates_by_h, _BACKWARD) * UNIT,
         _scaled(gates_sum, _BACKWARD),
     )
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+import os
 import warnings
 from collections.abc import Callable
 from typing import Any, Self, TypeVar
@@ -411,12 +413,15 @@ class SiameseGRU(_Siamese):
         return self._load_into(nn.GRU)
 
 
+_MEMCMP = ctypes.CDLL(None).memcmp if os.name == "posix" else None
+
+
 class _PreparedCache:
     """The last `functional.prepare` of a module, dropped when a weight changes.
 
     In-place updates raise a tensor's version counter, but writes through `.data` do not. On the
-    CPU the weights are therefore compared with a copy at each call, and so is one column of the
-    embedding; on CUDA, where that would synchronise, version counters must do.
+    CPU the weights are therefore compared with a copy at each call, and so are a thousand numbers
+    of the embedding; on CUDA, where that would synchronise, version counters must do.
     """
 
     def __init__(self) -> None:
@@ -440,10 +445,9 @@ class _PreparedCache:
             *((t.data_ptr(), t.shape, t.dtype, t.device) for t in tensors),
             *(t._version for t in tensors if counted),
         )
-        watched = [*tensors[:-1], table[:, 0]] if device == "cpu" else []
-        same = key == self._key and all(
-            torch.equal(now, then) for now, then in zip(watched, self._copies, strict=True)
-        )
+        some = table[:: 1 + table.shape[0] // 1000, 0]
+        watched = [*tensors[:-1], some] if device == "cpu" else []
+        same = key == self._key and all(map(_same_bytes, watched, self._copies))
         if not same:
             self._prepared = functional.prepare(
                 directions, table, backend, cell=cell, bidirectional=len(directions) == 2
@@ -457,6 +461,14 @@ class _PreparedCache:
 
     def __reduce__(self) -> tuple[type[_PreparedCache], tuple[()]]:
         return (_PreparedCache, ())
+
+
+def _same_bytes(one: Tensor, other: Tensor) -> bool:
+    """Compare CPU tensors of one shape and dtype; the C library is ten times as fast as PyTorch."""
+    if _MEMCMP is None or not (one.is_contiguous() and other.is_contiguous()):
+        return torch.equal(one, other)
+    size = one.numel() * one.element_size()
+    return not _MEMCMP(ctypes.c_void_p(one.data_ptr()), ctypes.c_void_p(other.data_ptr()), size)
 
 
 def _own_embedding(

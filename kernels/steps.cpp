@@ -1,5 +1,6 @@
-// The step loops of fastsiam/batched_lstm.py and batched_gru.py, compiled: float32, on a CPU. What a
-// step computes, and the scales of gates and states, are explained there.
+// The step loops of fastsiam/batched_lstm.py and batched_gru.py, compiled: float32, on a CPU; and the
+// order of the tokens that they run through. What a step computes, and the scales of gates and
+// states, are explained there.
 //
 // Sequences do not need each other, so a tile of them runs through all steps of a block before the
 // next tile begins: its states stay in the first cache, the weights in the second. Threads take
@@ -250,6 +251,35 @@ void backward(int64_t H, int64_t steps, const int64_t* sizes, int64_t step, int 
 }
 
 }  // namespace
+
+// Orders the sequences longest first, equal ones as they came, and packs the tokens of each `group`.
+//
+// lengths [N]; order [N]; tokens, and turned for the other direction or null, [N * steps], of which
+// as many are filled as there are tokens; alive [N / group, steps], sequences at each step of a
+// group. All but `lengths` are written, alive as far as it is not 0. Returns the number of tokens.
+extern "C" int64_t schedule(int64_t N, int64_t steps, int64_t group, const int64_t* lengths,
+                            int64_t* order, int64_t* tokens, int64_t* turned, int64_t* alive) {
+    // nothing outside a row is ever read, whatever the length says
+    auto length = [&](int64_t n) { return least(steps, lengths[n] < 0 ? 0 : lengths[n]); };
+    std::vector<int64_t> place(steps + 2);
+    for (int64_t n = 0; n < N; n++) place[steps - length(n) + 1]++;
+    for (int64_t t = 1; t <= steps; t++) place[t] += place[t - 1];
+    for (int64_t n = 0; n < N; n++) order[place[steps - length(n)]++] = n;
+    int64_t row = 0;
+    for (int64_t from = 0; from < N; from += group, alive += steps) {
+        int64_t count = least(group, N - from);
+        for (int64_t t = 0; t < steps; t++) {
+            while (count && length(order[from + count - 1]) <= t) count--;
+            if (!count) break;
+            alive[t] = count;
+            for (int64_t n = from; n < from + count; n++, row++) {
+                tokens[row] = order[n] * steps + t;
+                if (turned) turned[row] = order[n] * steps + length(order[n]) - 1 - t;
+            }
+        }
+    }
+    return row;
+}
 
 #define FORWARD(name, Cell)                                                                       \
     extern "C" void name(int64_t H, int64_t steps, const int64_t* sizes, int64_t step,            \
