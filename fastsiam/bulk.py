@@ -10,7 +10,9 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from fastsiam.functional import manhattan_similarity, manhattan_topk
+from fastsiam import _ops
+from fastsiam._backend import resolve_backend
+from fastsiam.functional import manhattan_similarity
 from fastsiam.model import TextSiamese
 from fastsiam.text.files import DataError
 from fastsiam.text.streams import Block, Name, read_pairs, read_sentences, reading, writing
@@ -171,8 +173,8 @@ def search_file(
         on_block: called after each block.
 
     Returns:
-        For each query its hits, the most similar first and equal ones by line; fewer than k where
-        the corpus has fewer sentences.
+        For each query its hits, the smallest L1 distance first and equal ones by line; fewer than k
+        where the corpus has fewer sentences.
 
     Raises:
         DataError: the corpus cannot be read, is not UTF-8, has no sentence, or does not fit the
@@ -183,7 +185,11 @@ def search_file(
         raise ValueError(f"search_file: k must be at least 1, got {k}")
     stored = None if vectors is None else _open_vectors(vectors, model.vector_size)
     wanted = _precise(model.encode(queries, BATCH)).to(model.device)
-    similarity = wanted.new_empty(len(queries), 0, dtype=torch.float32)
+    backend = resolve_backend(
+        "search_file", "auto", wanted.device, wanted.dtype, H=1, otherwise="torch"
+    ).backend
+    # not similarities: those of large distances are all 0
+    distance = wanted.new_empty(len(queries), 0, dtype=torch.float32)
     index = wanted.new_empty(len(queries), 0, dtype=torch.int64)
     texts: dict[int, tuple[int, str]] = {}  # of the sentences in `index`
     tally, count = Tally(), 0
@@ -197,14 +203,13 @@ def search_file(
             else:
                 candidates = _rows_of(stored, vectors, tally.rows, len(sentences))[kept]
             if kept:
-                found, rows = manhattan_topk(
-                    wanted, candidates.to(wanted), min(k, len(kept)), scale=model.scale
+                found, rows = _ops.manhattan_topk(
+                    wanted, candidates.to(wanted), min(k, len(kept)), backend
                 )
                 # the earlier sentences stand first, and a stable sort leaves equal ones so
-                similarity = torch.cat([similarity, found], dim=1)
-                similarity, order = similarity.sort(dim=1, descending=True, stable=True)
+                distance, order = torch.cat([distance, found], dim=1).sort(dim=1, stable=True)
                 index = torch.cat([index, rows + count], dim=1).gather(1, order)
-                similarity, index = similarity[:, :k], index[:, :k]
+                distance, index = distance[:, :k], index[:, :k]
                 texts |= {
                     count + i: (block.lines[row], sentences[row]) for i, row in enumerate(kept)
                 }
@@ -215,6 +220,7 @@ def search_file(
         raise DataError(f"{corpus}: no sentence in the file")
     if stored is not None and len(stored) != tally.rows:
         raise DataError(f"{vectors}: holds {len(stored)} vectors, but {corpus} has {tally.rows}")
+    similarity = torch.exp(distance * -model.scale)
     return [
         [Hit(value, *texts[i]) for value, i in zip(values, places, strict=True)]
         for values, places in zip(similarity.tolist(), index.tolist(), strict=True)

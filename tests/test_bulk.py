@@ -321,6 +321,19 @@ def test_search_of_a_file_is_that_of_a_list(model, tmp_path, monkeypatch, rows):
     assert len(search_file(model, ["cat"], source, 1000)[0]) == len(words)
 
 
+@pytest.mark.parametrize("rows", [1, 3, 8192])
+def test_what_underflows_is_found_by_distance_and_line(tmp_path, monkeypatch, rows):
+    monkeypatch.setattr(streams, "ROWS", rows)
+    corpus = write(tmp_path / "corpus", "a\ncat\ndog\nkid\nruns\nsits\neats\n")
+    # the query has no word, so its vector is 0 and these are the distances
+    distances = [5, 3, 4, 3, 0, 9, 3]
+    np.save(tmp_path / "v.npy", np.array([[-d] + [0] * (H - 1) for d in distances], np.float32))
+    model = make_model(scale=1e4)
+    (hits,) = search_file(model, [""], corpus, 5, vectors=tmp_path / "v.npy")
+    assert [hit.line for hit in hits] == [5, 2, 4, 7, 3]
+    assert [hit.similarity for hit in hits] == [1, 0, 0, 0, 0]
+
+
 def test_search_of_a_file_refuses(tmp_path):
     model, corpus = make_model(), write(tmp_path / "corpus", "a cat\na dog\n")
     with pytest.raises(ValueError, match="search_file: k must be at least 1, got 0"):
