@@ -8,10 +8,11 @@ leaves them out.
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import os
 import platform
 from collections.abc import Callable, Iterable, Iterator
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 TILE = 24
 WORTH = 10**6
 
+_FOLDER = Path(__file__).parent
 _POINTER, _INTEGER = ctypes.c_void_p, ctypes.c_int64
 
 
@@ -37,13 +39,14 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     """Return the library, or why there is none."""
     if os.environ.get("FASTSIAM_STEPS") == "0":
         return None, "FASTSIAM_STEPS=0"
-    found = importlib.util.find_spec("fastsiam._compiled_steps")
-    if found is None or found.origin is None:
+    names = [f"_compiled_steps{suffix}" for suffix in EXTENSION_SUFFIXES]
+    file = next((_FOLDER / name for name in names if (_FOLDER / name).exists()), None)
+    if file is None:
         return None, "there was no C++ compiler when fastsiam was installed"
     if platform.machine().lower() in ("x86_64", "amd64") and not _has_avx2():
         return None, "this processor has no AVX2"
     try:
-        library = ctypes.CDLL(found.origin)
+        library = ctypes.CDLL(str(file))
         for cell in ("lstm", "gru"):
             for name, tensors in ((f"{cell}_forward", 10), (f"{cell}_backward", 8)):
                 function = getattr(library, name)

@@ -162,13 +162,9 @@ def test_why_there_is_no_library(monkeypatch, tmp_path):
     assert _steps._load() == (None, "this processor has no AVX2")
     monkeypatch.setattr(_steps.platform, "machine", lambda: "aarch64")
 
-    found = _steps.importlib.util.find_spec("fastsiam._compiled_steps")
-    (tmp_path / "damaged.so").write_bytes(b"no library")
-    found.origin = str(tmp_path / "damaged.so")
-    monkeypatch.setattr(_steps.importlib.util, "find_spec", lambda _: found)
+    monkeypatch.setattr(_steps, "_FOLDER", tmp_path)
+    assert _steps._load() == (None, "there was no C++ compiler when fastsiam was installed")
+    (tmp_path / "_compiled_steps.abi3.so").write_bytes(b"no library")
     library, why = _steps._load()
     assert library is None
     assert why.startswith("they could not be loaded: ")
-
-    monkeypatch.setattr(_steps.importlib.util, "find_spec", lambda _: None)
-    assert _steps._load() == (None, "there was no C++ compiler when fastsiam was installed")
