@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 import torch
 import typer
@@ -23,14 +26,21 @@ EXIT_CODES = (
 )
 
 
+class Terminated(BaseException):
+    """SIGTERM came. It passes through the code as Ctrl-C does, which takes away half a file."""
+
+
 @contextmanager
 def exit_codes() -> Iterator[None]:
-    """Turn what the library raises into one line and an exit code."""
+    """Turn what the library raises, and SIGTERM, into one line and an exit code."""
     try:
-        yield
+        with _sigterm_raises():
+            yield
         return
     except KeyboardInterrupt:
         code, message = INTERRUPTED, "interrupted"
+    except Terminated:
+        code, message = TERMINATED, "terminated"
     except DataError as error:
         code, message = BAD_DATA, str(error)
     except BrokenPipeError:
@@ -51,3 +61,26 @@ def exit_codes() -> Iterator[None]:
         code, message = ENVIRONMENT, "out of memory; lower --batch-size or --hidden-size"
     typer.echo(f"fastsiam: {' '.join(message.split())}", err=True)
     raise typer.Exit(code)
+
+
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """Raise Terminated where SIGTERM would end the process as it stands; only the first one acts.
+
+    Handlers belong to the main thread, and a caller who ignores the signal goes on doing so.
+    """
+
+    def terminate(number: int, _frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_IGN)  # what is being cleared away must end
+        raise Terminated
+
+    before = signal.getsignal(signal.SIGTERM)
+    in_main = threading.current_thread() is threading.main_thread()
+    if not in_main or before in (None, signal.SIG_IGN):
+        yield
+        return
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

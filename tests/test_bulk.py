@@ -4,9 +4,11 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -429,6 +431,31 @@ def test_a_failed_command_is_one_line(folder, tmp_path, monkeypatch, args, code,
     assert result.stderr.startswith("fastsiam: ")
     assert result.stderr.count("\n") == 1
     assert {path.name for path in tmp_path.iterdir()} == {"x.tsv", "corpus"}
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "code", "word"),
+    [
+        ("score", signal.SIGTERM, 143, "terminated"),
+        ("encode", signal.SIGTERM, 143, "terminated"),
+        ("score", signal.SIGINT, 130, "interrupted"),
+    ],
+)
+def test_a_signal_leaves_the_old_file_and_no_half_one(folder, tmp_path, name, number, code, word):
+    out = write(tmp_path / "out", "old")
+    command = [sys.executable, "-m", "fastsiam", name, str(folder), "-", "--out", str(out)]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, env=env, **pipes) as process:
+        deadline = time.monotonic() + 60
+        # it waits for the standard input with the new file begun
+        while len(list(tmp_path.iterdir())) == 1 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(number)
+        assert process.stderr.read() == f"fastsiam: {word}\n".encode()
+    assert process.returncode == code
+    assert list(tmp_path.iterdir()) == [out]
+    assert out.read_text() == "old"
 
 
 def test_a_broken_pipe_ends_quietly(folder, tmp_path):
