@@ -10,7 +10,8 @@ gradients a block at a time.
 
 A layer has P directions, one or two, that run one after the other. Direction 1 reads a sequence
 from its last valid token to its first; "own time" counts a direction's steps from where it begins.
-What a step computes is the cell's business: `batched_lstm`, `batched_gru`.
+What a step computes is the cell's business: `batched_lstm`, `batched_gru`; or, for float32 on a CPU,
+`_steps`, which is compiled. docs/cpu.md tells why it is done so.
 """
 
 from __future__ import annotations
