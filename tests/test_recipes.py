@@ -547,6 +547,24 @@ def test_folds_are_disjoint_and_swapped_pairs_follow_theirs(files, tmp_path):
     assert sorted(held) == torch.nonzero(own)[:, 0].tolist()
 
 
+def test_every_run_counts_its_swapped_pairs(files, tmp_path):
+    synonyms = tmp_path / "synonyms.json"
+    synonyms.write_text(json.dumps(dict.fromkeys(WORDS, WORDS)))
+    config = make_config(files, synonyms=synonyms, calibrate=True, folds=2, epochs=1)
+    run_recipe(config)
+
+    def counted(folder):
+        return json.loads((folder / "run.json").read_text())["swapped"]
+
+    pairs = load_inputs(config).phases["train"]
+    swapped = pairs.origin != torch.arange(len(pairs))
+    assert counted(config.out) == counted(config.out / "members" / "0") == int(swapped.sum()) > 0
+    marked = dataclasses.replace(pairs, similarity=swapped.float())
+    for fold in range(2):
+        outside, _ = marked.split(2, fold)
+        assert counted(config.out / "folds" / str(fold)) == int(outside.similarity.sum()) > 0
+
+
 # ensembles and calibration
 
 

@@ -243,6 +243,7 @@ def facts(config: Config, inputs: Inputs, model: TextSiamese) -> dict[str, Any]:
         "torch": torch.__version__,
         "pairs": {phase: len(pairs) for phase, pairs in inputs.phases.items()},
         "dropped": inputs.dropped,
+        "swapped": inputs.swapped,
         "truncated": inputs.truncated,
         "token_coverage": inputs.coverage.token_share,
     }

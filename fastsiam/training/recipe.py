@@ -67,7 +67,14 @@ def run_recipe(config: Config, watcher: Watcher | None = None) -> Result:
         predicted, gold = [], []
         for number in range(config.folds):
             outside, inside = pairs.split(config.folds, number)
-            part = replace(inputs, phases={**inputs.phases, "train": outside}, test=None)
+            # of the pairs as they stand in the file, those that are not inside are outside
+            own = len(pairs) - inputs.swapped - len(inside)
+            part = replace(
+                inputs,
+                phases={**inputs.phases, "train": outside},
+                test=None,
+                swapped=len(outside) - own,
+            )
             result = _run(config, number, "fold", part, progress)
             if result.signal:
                 return result
@@ -146,7 +153,6 @@ def _facts(
 ) -> dict[str, Any]:
     return {
         **facts(config, inputs, model),
-        "swapped": inputs.swapped,
         "interrupted": False,
         "members": [None if r.best is None else asdict(r.best) for r in results],
         "folds": [None if r.best is None else asdict(r.best) for r in folds],
