@@ -76,6 +76,9 @@ def _siamese_gru_fwd_kernel(
     DOT_DTYPE: tl.constexpr = tl.float32 if WIDEN else OPERAND
     WORDS: tl.constexpr = 4 if DTYPE == tl.float32 else 2
     ROW: tl.constexpr = DIRECTIONS * WORDS * BLOCK_H
+    # where a step is short, rows go straight to the registers that the ones before them leave: it
+    # saves their moves, and the time of a step is enough for them. Not beside the records' stores
+    DIRECT: tl.constexpr = BLOCK_H <= 64 and not STORE_RECORDS
 
     direction, way = _direction(DIRECTIONS)
     seq, other, live, length, steps = _sequences(
@@ -120,8 +123,9 @@ def _siamese_gru_fwd_kernel(
         # of h = 0: a use ahead of the loop keeps the weight's change of layout ahead of it
         a = tl.dot(weight, tl.zeros((BLOCK_H, BLOCK_N), DOT_DTYPE), a, input_precision=PRECISION)
     for t in range(steps):
-        x_after = _load_rows(table_ptrs, row, ROW)
-        row = _row_at(t + 3, ids_ptr, first_token, way, final, R, HAS_IDS)
+        if not DIRECT:
+            x_after = _load_rows(table_ptrs, row, ROW)
+            row = _row_at(t + 3, ids_ptr, first_token, way, final, R, HAS_IDS)
 
         # y is half of what the reset gate multiplies
         r, z, n, y = _as_gates(a, BLOCKS, COLUMNS, WARPS)
@@ -136,7 +140,11 @@ def _siamese_gru_fwd_kernel(
         v, peak = _pool(v, peak, h, t, last, token_weights, POOLING, STORE_RECORDS)
 
         a = _as_accumulator(_gate_pairs(x_next, DTYPE), BLOCK_H, BLOCK_N)
-        x_next = x_after
+        if DIRECT:
+            x_next = _load_rows(table_ptrs, row, ROW)
+            row = _row_at(t + 3, ids_ptr, first_token, way, final, R, HAS_IDS)
+        else:
+            x_next = x_after
         h_rows = tl.reshape(tl.permute(h, (0, 3, 4, 1, 5, 2)), (BLOCK_H, BLOCK_N))
         h_rows = h_rows.to(OPERAND).to(DOT_DTYPE)
         if STREAM:
