@@ -95,8 +95,8 @@ def _forward_warps(block: int, dtype: torch.dtype, target: str, each: int) -> in
     if block == 32:
         return 4
     # alone on its multiprocessor a program is quicker with 8 warps (estimated clocks of a step on
-    # sm_90, half precision: 450 against 475; training 483, 543): half the activations each. Two
-    # share it better with 4 (624 against 516; 749, 640), three as well with either (821, 831)
+    # sm_90, half precision: 421 against 481; training 464, 541): half the activations each. Two
+    # share it better with 4 (617 against 502; 699, 585), three as well with either (838, 811)
     if block == 64 and dtype != torch.float32 and target.startswith("sm_") and each > 1:
         return 4
     # float32 in 4 warps has no register left over for all records; block 128 does not fit 4
