@@ -15,7 +15,15 @@ from fastsiam._backend import resolve_backend
 from fastsiam.functional import manhattan_similarity
 from fastsiam.model import TextSiamese
 from fastsiam.text.files import DataError
-from fastsiam.text.streams import Block, Name, read_pairs, read_sentences, reading, writing
+from fastsiam.text.streams import (
+    Block,
+    Name,
+    check_output,
+    read_pairs,
+    read_sentences,
+    reading,
+    writing,
+)
 
 BATCH = 2048  # sentences that are computed together
 
@@ -75,12 +83,14 @@ def encode_file(
 
     Raises:
         DataError: the file cannot be read, is not UTF-8, or is no such table.
-        ValueError: `out` is a pipe: an .npy file begins with the number of its rows.
+        ValueError: `out` is the file that is read, or a pipe: an .npy file begins with the number
+            of its rows.
         OSError: `out` cannot be written.
     """
     import numpy as np
 
     tally = Tally()
+    check_output("encode_file", out, source)
     with reading(source) as stream, writing(out) as file:
         if str(out) == "-" or not file.seekable():
             raise ValueError(
@@ -129,9 +139,11 @@ def score_file(
     Raises:
         DataError: the file cannot be read, is not UTF-8, lacks a column, or has a line that does
             not fit.
+        ValueError: `out` is the file that is read.
         OSError: `out` cannot be written.
     """
     tally = Tally()
+    check_output("score_file", out, source)
     with reading(source) as stream, writing(out) as file:
         titled, blocks = read_pairs(str(source), stream, columns)
         if titled:
@@ -294,11 +306,13 @@ def _open_vectors(vectors: Name, columns: int) -> Any:
     import numpy as np
 
     try:
-        stored = np.load(vectors, mmap_mode="r")
+        stored = np.lib.format.open_memmap(vectors, mode="r")
     except OSError as error:
         raise DataError(f"{vectors}: cannot be read: {error.strerror or error}") from error
     except (ValueError, EOFError) as error:
-        raise DataError(f"{vectors}: must be an .npy file: {error}") from error
+        raise DataError(
+            f"{vectors}: must be an .npy file that 'fastsiam encode' wrote: {error}"
+        ) from error
     if stored.ndim != 2 or stored.shape[1] != columns or stored.dtype.kind != "f":
         raise DataError(
             f"{vectors}: must hold [n, {columns}] floating-point numbers, as 'fastsiam encode' "

@@ -25,7 +25,7 @@ from fastsiam.bulk import (
 from fastsiam.cli_exit import EXIT_CODES, exit_codes
 from fastsiam.cli_options import Device, ModelFolder, Quiet, split_columns
 from fastsiam.model import TextSiamese
-from fastsiam.text.streams import writing
+from fastsiam.text.streams import check_output, writing
 
 app = typer.Typer()
 
@@ -133,6 +133,7 @@ def search_command(
             raise ValueError("search: give --query or --queries, one of them")
         if queries == corpus == "-":
             raise ValueError("search: --queries and --corpus cannot both be the standard input")
+        check_output("search", out, *(name for name in (corpus, queries, vectors) if name))
         wanted = list(enumerate(query or [], start=1)) or read_queries(str(queries))
         model = TextSiamese.from_pretrained(folder, device)
         with _progress("searching", corpus, quiet, model) as on_block:

@@ -283,6 +283,35 @@ def test_output_that_is_no_plain_file(tmp_path):
     score_file(model, source, tmp_path / "pipe")
     reader.join()
     assert got == [(tmp_path / "behind").read_bytes()]
+    if Path("/dev/full").exists():
+        with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+            score_file(model, source, "/dev/full")
+
+
+@pytest.mark.skipif(not Path("/dev/stdout").exists(), reason="needs /dev/stdout")
+def test_dev_stdout_may_be_a_pipe(folder, tmp_path):
+    source = write(tmp_path / "x", table(PAIRS))
+    score_file(make_model(), source, tmp_path / "expected")
+    command = [sys.executable, "-m", "fastsiam", "score", str(folder), str(source)]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "--out", "/dev/stdout"], env=env, capture_output=True, check=True
+    )
+    assert done.stdout == (tmp_path / "expected").read_bytes()
+
+
+def test_what_is_read_is_not_written_over(folder, tmp_path):
+    source = write(tmp_path / "x", table(PAIRS))
+    (tmp_path / "link").symlink_to(source)
+    for out in (source, tmp_path / "link"):
+        for write_file in (score_file, encode_file):
+            with pytest.raises(ValueError, match="out must be another file than those"):
+                write_file(make_model(), source, out)
+        found = run("search", folder, "--corpus", source, "--query", "a", "--out", out)
+        assert found.exit_code == 2
+        assert "out must be another file" in found.stderr
+    assert source.read_text() == table(PAIRS)
+    assert set(tmp_path.iterdir()) == {source, tmp_path / "link"}
 
 
 @pytest.mark.parametrize("write_file", [score_file, encode_file])
@@ -342,8 +371,11 @@ def test_search_of_a_file_refuses(tmp_path):
         search_file(model, ["a"], corpus, 0)
     with pytest.raises(DataError, match="empty: no sentence in the file"):
         search_file(model, ["a"], write(tmp_path / "empty", "\n \n"))
-    with pytest.raises(DataError, match=r"corpus: must be an \.npy file"):
+    with pytest.raises(DataError, match=r"corpus: must be an \.npy file that .*magic string"):
         search_file(model, ["a"], corpus, vectors=corpus)
+    np.savez(tmp_path / "v.npz", np.zeros((2, 5), np.float32))
+    with pytest.raises(DataError, match=r"v.npz: must be an \.npy file that .*magic string"):
+        search_file(model, ["a"], corpus, vectors=tmp_path / "v.npz")
     with pytest.raises(DataError, match="nowhere: cannot be read: No such file"):
         search_file(model, ["a"], corpus, vectors=tmp_path / "nowhere")
     for shape, message in (

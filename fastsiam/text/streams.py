@@ -116,13 +116,30 @@ def writing(out: Name) -> Iterator[BinaryIO]:
         yield sys.stdout.buffer
         sys.stdout.buffer.flush()
         return
-    path = Path(os.path.realpath(out))  # a link stays one
+    path = Path(out)
+    # asked before links are followed: /dev/stdout leads to a pipe, which has no path of its own
     if path.exists() and not path.is_file() and not path.is_dir():
-        with path.open("wb") as file:
-            yield file
+        try:
+            with path.open("wb") as file:
+                yield file
+        except OSError as error:
+            error.filename = error.filename or str(path)  # a failed write does not say where
+            raise
         return
-    with whole_file(path) as file:
+    with whole_file(Path(os.path.realpath(path))) as file:  # a link stays one
         yield file
+
+
+def check_output(who: str, out: Name, *sources: Name) -> None:
+    """Refuse to write a file over one that is read.
+
+    Raises:
+        ValueError: `out` is one of the sources.
+    """
+    for source in map(Path, sources):
+        # a device or a pipe may be both
+        if source.is_file() and Path(out).exists() and source.samefile(out):
+            raise ValueError(f"{who}: out must be another file than those that are read, got {out}")
 
 
 def _open_table(name: str, stream: BinaryIO, columns: Sequence[str] | None) -> Table:
