@@ -42,7 +42,7 @@ def demo_command(
                 vectors=(paths.vectors,),
                 out=folder / "run",
             )
-            _print_examples(train_on_screen(config, quiet=False))
+            _print_examples(train_on_screen(config, quiet=False, resumable=False))
         if out is not None:
             typer.echo(
                 f'try: fastsiam similarity {out / "run"} "a boy is running" "a lad is jogging"'

@@ -83,8 +83,14 @@ class _Screen:
         self.progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def train_on_screen(config: Config, quiet: bool) -> Result:
-    """Carry out a recipe and show how it goes; a quiet one shows the result alone.
+def train_on_screen(config: Config, quiet: bool, resumable: bool = True) -> Result:
+    """Carry out a recipe and show how it goes.
+
+    Args:
+        config: the settings.
+        quiet: whether to show the result alone.
+        resumable: whether the command has --resume and keeps the run folder, which an interrupted
+            one says.
 
     Raises:
         typer.Exit: a signal ended the run, which one line says.
@@ -100,8 +106,8 @@ def train_on_screen(config: Config, quiet: bool) -> Result:
         if config.ensemble > 1 or config.calibrate:
             kept = "is not whole; what there is of it"
         if speaks():
-            line = f"fastsiam: {how}; the model {kept} is in {config.out}, and --resume goes on"
-            typer.echo(line, err=True)
+            rest = f"; the model {kept} is in {config.out}, and --resume goes on" * resumable
+            typer.echo(f"fastsiam: {how}{rest}", err=True)
         raise typer.Exit(128 + result.signal)
     assert result.best is not None
     best = result.best

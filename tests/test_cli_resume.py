@@ -55,3 +55,19 @@ def test_sigterm_ends_with_143_and_resume_goes_on(files, tmp_path, handler):
     assert warning.endswith(f"going on from {before.name}")
     assert "terminated" in last
     assert "resumed: " in result.stdout
+
+
+def test_an_interrupted_demo_promises_nothing(tmp_path, handler):
+    out = tmp_path / "demo"
+
+    def terminate():
+        while not (out / "run" / "checkpoints").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=terminate)
+    thread.start()
+    result = run("demo", "--out", out)
+    thread.join()
+    # it has no --resume, and without --out its folder is gone
+    assert one_line(result, 143) == "fastsiam: terminated\n"
