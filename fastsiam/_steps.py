@@ -81,8 +81,8 @@ def schedule(
 ) -> tuple[Tensor, list[Tensor], list[list[int]]]:
     """Return sequences, longest first; each direction's tokens; each group's rows by step."""
     N = lengths.shape[0]
-    order = torch.empty(N, dtype=torch.long)
-    tokens = [torch.empty(N * steps, dtype=torch.long) for _ in range(P)]
+    order = torch.empty(N, dtype=torch.long, device=lengths.device)
+    tokens = [order.new_empty(N * steps) for _ in range(P)]
     alive = (_INTEGER * (-(-N // group) * steps))()
     lengths = lengths.long().contiguous()
     found = [lengths, order, *tokens, *[None] * (2 - P)]
