@@ -104,7 +104,7 @@ scores: $(VENV)/.made-test
 	PYTHONPATH=build/sentence-transformers OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.text_to_scores --data "$(DATA)"
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info fastsiam/_compiled_steps* .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # the stamp is written last, so an interrupted set-up is taken up again;

@@ -17,6 +17,7 @@ import torch
 from benchmarks import clock, machine
 from benchmarks.baselines import Ours
 from benchmarks.cases import Batch, Case, make_weights
+from fastsiam import _steps
 from fastsiam._measured import Row
 from fastsiam._network import machine_name
 
@@ -107,12 +108,17 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a few rows of tiny networks")
     parser.add_argument("--threads", type=int, nargs="+", help="on a CPU; default: 1 2")
     parser.add_argument("--out", type=Path, default=FILE)
+    parser.add_argument(
+        "--uncompiled", action="store_true", help="a CPU's steps as tensor operations"
+    )
     options = parser.parse_args()
+    if options.uncompiled:
+        _steps._WHY_NOT = "left out"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     plan = QUICK if options.quick else GPU if device.type == "cuda" else CPU
     if options.threads and device.type == "cpu":
         plan = replace(plan, threads=tuple(options.threads))
-    save(options.out, machine_name(device, torch.float32), measure(plan, device))
+    save(options.out, machine_name(device, torch.float32, H=1), measure(plan, device))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fastsiam import _ops, _steps, reference
+from fastsiam import _layer, _ops, _steps, reference
 from fastsiam._backend import Choice, resolve_backend
 from fastsiam._checks import Weights, check_network
 from fastsiam._measured import Call
@@ -76,14 +76,14 @@ def explain(
     name = str(dtype).removeprefix("torch.")
     threads = torch.get_num_threads() if device.type == "cpu" else 1
     call = Call(cell, name, training, threads, H, sequences, steps, filled)
-    return resolve_backend(who, backend, device, dtype, H, call, machine_name(device, dtype))
+    return resolve_backend(who, backend, device, dtype, H, call, machine_name(device, dtype, H))
 
 
-def machine_name(device: torch.device, dtype: torch.dtype) -> str:
+def machine_name(device: torch.device, dtype: torch.dtype, H: int) -> str:
     """Return the name of a device in the table of measurements."""
     if device.type == "cuda" and torch.cuda.is_available():
         return torch.cuda.get_device_name(device)
-    if device.type == "cpu" and _steps.obstacle(device, compute_dtype(dtype)):
+    if device.type == "cpu" and _steps.obstacle(device, compute_dtype(dtype), H):
         return "cpu without compiled steps"
     return device.type
 
@@ -109,9 +109,24 @@ def make_network(
     dtype = _computed_dtype(every[0].weight_hh)
     if prepared is not None and prepared.backend != choice.backend:
         prepared = None
+    if prepared is not None:
+        _check_prepared(who, prepared, layers[0], dtype)
     return Network(
         cell, layers, dtype, pooling, dropout, backend, choice.backend, prepared, recompute
     )
+
+
+def _check_prepared(
+    who: str, prepared: Prepared, directions: Sequence[Weights], dtype: torch.dtype
+) -> None:
+    """Refuse what was prepared for another network: nothing below looks at its shapes again."""
+    stacked = (len(directions), *directions[0].weight_hh.shape)
+    _, (shape, _) = _layer.prepared_shapes(1, stacked, dtype, prepared.backend)
+    if prepared.weight.shape != shape or not prepared.weight.is_contiguous():
+        raise ValueError(
+            f"{who}: prepared must be what prepare returned for these weights, with a weight of "
+            f"{list(shape)}, got {list(prepared.weight.shape)}"
+        )
 
 
 def run(

@@ -27,14 +27,19 @@ class Block(NamedTuple):
 class Schedule(NamedTuple):
     """Which rows run at which step."""
 
+    lengths: Tensor  # [N] int64, from 0 to the padded steps
     order: Tensor  # [N] sequences, longest first
     tokens: list[Tensor]  # P times [M]: flat positions n * T + t of the valid tokens, as packed
     blocks: list[Block]
 
 
 def schedule(lengths: Tensor, steps: int, P: int) -> Schedule:
-    """Order the sequences of `lengths`, [N], each padded to `steps`, for P directions."""
-    compiled = not _steps.obstacle(lengths.device, torch.float32)
+    """Order the sequences of `lengths`, [N], each padded to `steps`, for P directions.
+
+    A length beyond these, which only an unchecked call can bring, counts as the nearest one.
+    """
+    lengths = lengths.long().clamp(0, steps)
+    compiled = not _steps.obstacle(lengths.device, torch.float32, H=1)
     order, tokens, alive = (_steps.schedule if compiled else _order)(lengths, steps, P, GROUP)
     blocks: list[Block] = []
     row = 0
@@ -48,14 +53,14 @@ def schedule(lengths: Tensor, steps: int, P: int) -> Schedule:
                 taken += 1
             blocks.append(Block(group, step, left[:taken], slice(row, row + count)))
             left, step, row = left[taken:], step + taken, row + count
-    return Schedule(order, tokens, blocks)
+    return Schedule(lengths, order, tokens, blocks)
 
 
 def _order(
     lengths: Tensor, steps: int, P: int, group: int
 ) -> tuple[Tensor, list[Tensor], list[list[int]]]:
     """Do as `_steps.schedule` in tensor operations."""
-    longest_first, order = torch.sort(lengths.long(), descending=True, stable=True)
+    longest_first, order = torch.sort(lengths, descending=True, stable=True)
     tokens: list[list[Tensor]] = [[] for _ in range(P)]
     alive: list[list[int]] = []
     for some, sequences in zip(longest_first.split(group), order.split(group), strict=True):

@@ -1,14 +1,12 @@
 """The compiled step loops of kernels/steps.cpp, where this installation has them.
 
-They take float32 on a CPU; `batched` runs its own loops of tensor operations for all else, and
-where no C++ compiler was found when fastsiam was installed. Environment variable FASTSIAM_STEPS=0
-leaves them out.
+They take float32 on a CPU; `batched` runs loops of tensor operations for all else, and where no C++
+compiler was found when fastsiam was installed.
 """
 
 from __future__ import annotations
 
 import ctypes
-import os
 import platform
 from collections.abc import Callable, Iterable, Iterator
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -16,11 +14,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-# sequences that a thread takes together, as in steps.cpp, and multiplications that are worth one
-TILE = 24
-WORTH = 10**6
+# above it a call with few sequences copies and reads more weights than it computes with
+MAX_HIDDEN = 512
+# columns of a panel, and the interface, as in steps.cpp
+PANEL = 16
+VERSION = 1
 
 _FOLDER = Path(__file__).parent
 _POINTER, _INTEGER = ctypes.c_void_p, ctypes.c_int64
@@ -37,55 +38,62 @@ class Seen(NamedTuple):
 
 def _load() -> tuple[ctypes.CDLL | None, str]:
     """Return the library, or why there is none."""
-    if os.environ.get("FASTSIAM_STEPS") == "0":
-        return None, "FASTSIAM_STEPS=0"
     names = [f"_compiled_steps{suffix}" for suffix in EXTENSION_SUFFIXES]
     file = next((_FOLDER / name for name in names if (_FOLDER / name).exists()), None)
     if file is None:
-        return None, "there was no C++ compiler when fastsiam was installed"
-    if platform.machine().lower() in ("x86_64", "amd64") and not _has_avx2():
-        return None, "this processor has no AVX2"
+        return None, "this installation of fastsiam was made without a C++ compiler that takes them"
+    capability = torch.backends.cpu.get_cpu_capability()
+    if platform.machine().lower() in ("x86_64", "amd64") and "AVX" not in capability:
+        return None, f"they need AVX2, and PyTorch names this processor {capability}"
     try:
         library = ctypes.CDLL(str(file))
+        if library.version() != VERSION:
+            return None, "they are of another version; install fastsiam again"
         for cell in ("lstm", "gru"):
             for name, tensors in ((f"{cell}_forward", 10), (f"{cell}_backward", 8)):
                 function = getattr(library, name)
                 # H, steps, sizes, step, threads, and the tensors
                 numbers = [_INTEGER, _INTEGER, _POINTER, _INTEGER, ctypes.c_int]
                 function.argtypes, function.restype = numbers + [_POINTER] * tensors, None
-        library.schedule.argtypes = [_INTEGER] * 3 + [_POINTER] * 5
+        library.schedule.argtypes = [_INTEGER] * 3 + [_POINTER] * 6
         library.schedule.restype = _INTEGER
     except (OSError, AttributeError) as error:
         return None, f"they could not be loaded: {error}"
     return library, ""
 
 
-def _has_avx2() -> bool:
-    return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
-
-
 _LIBRARY, _WHY_NOT = _load()
 
 
-def obstacle(device: torch.device, dtype: torch.dtype) -> str:
+def obstacle(device: torch.device, dtype: torch.dtype, H: int) -> str:
     """Return what keeps the compiled loops from states like these, or an empty string."""
     if device.type != "cpu":
         return f"they run on a CPU, and the inputs are on {device.type}"
     if dtype != torch.float32:
         return f"they take float32, and the states are {str(dtype).removeprefix('torch.')}"
+    if H > MAX_HIDDEN:
+        return f"they take H up to {MAX_HIDDEN}, and it is {H}"
     return _WHY_NOT
+
+
+def panels(weight: Tensor) -> Tensor:
+    """Lay the right-hand side of a step's product, [K, N], out for the loops: [N / 16, K, 16]."""
+    K, N = weight.shape
+    return F.pad(weight, (0, -N % PANEL)).view(K, -1, PANEL).transpose(0, 1).contiguous()
 
 
 def schedule(
     lengths: Tensor, steps: int, P: int, group: int
 ) -> tuple[Tensor, list[Tensor], list[list[int]]]:
-    """Return sequences, longest first; each direction's tokens; each group's rows by step."""
+    """Return sequences, longest first; each direction's tokens; each group's rows by step.
+
+    `lengths` [N] are int64, from 0 to `steps`.
+    """
     N = lengths.shape[0]
     order = torch.empty(N, dtype=torch.long, device=lengths.device)
     tokens = [order.new_empty(N * steps) for _ in range(P)]
     alive = (_INTEGER * (-(-N // group) * steps))()
-    lengths = lengths.long().contiguous()
-    found = [lengths, order, *tokens, *[None] * (2 - P)]
+    found = [lengths, order, *tokens, *[None] * (2 - P), order.new_zeros(steps + 2)]
     assert _LIBRARY is not None
     count = _LIBRARY.schedule(N, steps, group, *_pointers(found), ctypes.addressof(alive))
     by_group = [alive[at : at + steps] for at in range(0, len(alive), steps)] if steps else []
@@ -105,12 +113,11 @@ def forward(
 ) -> None:
     """Do as `batched_lstm.forward` or `batched_gru.forward`, whose arguments these are.
 
-    `step` is the number of the first step, in own time, and `seen` what else is made of each h.
+    But `weight` is in `panels`, `step` is the number of the first step, in own time, and `seen` is
+    what else is made of each h.
     """
-    h, c = _two(states)
-    before_h, before_c = _two(before or ())
-    tensors = (weight, gates, h, c, before_h, before_c, *seen)
-    _call(f"{cell}_forward", weight.shape[0], sizes, step, tensors)
+    tensors = (weight, gates, *_two(states), *_two(before or ()), *seen)
+    _call(f"{cell}_forward", gates.shape[1] // 4, sizes, step, tensors)
 
 
 def backward(
@@ -123,10 +130,10 @@ def backward(
     step: int,
     upstream: Tensor | None,
 ) -> Tensor:
-    """Do as `batched_lstm.backward` or `batched_gru.backward`, whose arguments these are."""
+    """Do as `batched_lstm.backward` or `batched_gru.backward`, but `weight` is in `panels`."""
     dgates = torch.empty_like(gates)
     tensors = (weight, gates, *_two(before), upstream, dgates, *_two(grads))
-    _call(f"{cell}_backward", weight.shape[1], sizes, step, tensors)
+    _call(f"{cell}_backward", gates.shape[1] // 4, sizes, step, tensors)
     return dgates
 
 
@@ -142,9 +149,7 @@ def _call(
     function: Callable[..., None] = getattr(_LIBRARY, name)
     counts = (_INTEGER * len(sizes))(*sizes)
 
-    worth = 1 + sum(sizes) * H * H * 4 // WORTH
-    threads = min(torch.get_num_threads(), worth, -(-sizes[0] // TILE))
-    function(H, len(sizes), counts, step, threads, *_pointers(tensors))
+    function(H, len(sizes), counts, step, torch.get_num_threads(), *_pointers(tensors))
 
 
 def _pointers(tensors: Iterable[Tensor | None]) -> Iterator[int | None]:

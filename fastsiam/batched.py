@@ -10,8 +10,8 @@ gradients a block at a time.
 
 A layer has P directions, one or two, that run one after the other. Direction 1 reads a sequence
 from its last valid token to its first; "own time" counts a direction's steps from where it begins.
-What a step computes is the cell's business: `batched_lstm`, `batched_gru`; or, for float32 on a CPU,
-`_steps`, which is compiled. docs/cpu.md tells why it is done so.
+What a step computes is the cell's business: `batched_lstm`, `batched_gru`; or, for float32 on a
+CPU, that of `_steps`, which is compiled. docs/cpu.md tells why it is done so.
 """
 
 from __future__ import annotations
@@ -100,11 +100,12 @@ def infer(
     pool = Pool(table, N, P * H, steps, pooling, mask, plan, keep_outputs, peaks=False)
     for p, tokens in enumerate(plan.tokens):
         rows = tokens if ids is None else ids.reshape(-1).index_select(0, tokens)
+        right = _right_hand_side(weight[p], H)
         states = _zeros(table, N, H, how.STATES)
         pool.start(p, H)
         for block in plan.blocks:
             gates = torch.index_select(table[p], 0, rows[block.rows])
-            _forward(cell, block, gates, weight[p], states, None, pool.seen(block))
+            _forward(cell, block, gates, right, states, None, pool.seen(block))
         pool.finish(states[0], how.UNIT)
     return pool.vectors, pool.outputs
 
@@ -151,7 +152,7 @@ def forward(
             for some in words.split(BLOCK)
         ]
         table = parts[0] if len(parts) == 1 else torch.cat(parts)
-        weight = how.recurrent_weight(weight_hh[p].to(like.dtype))
+        weight = _right_hand_side(how.recurrent_weight(weight_hh[p].to(like.dtype)), H)
         states = _zeros(like, N, H, how.STATES)
         pool.start(p, H)
         for block in plan.blocks:
@@ -208,12 +209,12 @@ def backward(
         words, rows = _distinct(ids, tokens, x.shape[0])
         columns = slice(p * H, (p + 1) * H)
         dv = None if dvectors is None else dvectors[:, columns].to(dtype)
-        reached = Reached(dv, doutputs, columns, lengths, mask, saved.peaks, steps, pooling, p)
+        reached = Reached(dv, doutputs, columns, plan.lengths, mask, saved.peaks, steps, pooling, p)
         grads = _zeros(saved.gates, N, H, how.STATES)
         if dv is not None and pooling == "last":
             # a row of dh holds dv until the steps, coming from behind, reach its last one
             torch.index_select(dv, 0, plan.order, out=grads[0])
-        weight = how.backward_weight(weight_hh[p].to(dtype))
+        weight = _right_hand_side(how.backward_weight(weight_hh[p].to(dtype)), H)
         dtable = saved.gates.new_zeros(words.shape[0], 4 * H)
         gates_by_h = saved.gates.new_zeros(4 * H, H)
         for block in reversed(plan.blocks):
@@ -243,6 +244,11 @@ def backward(
     return dx, dweight_ih, dweight_hh, dbias
 
 
+def _right_hand_side(weight: Tensor, H: int) -> Tensor:
+    """Lay a step's weight out as what runs the steps wants it."""
+    return weight if _steps.obstacle(weight.device, weight.dtype, H) else _steps.panels(weight)
+
+
 def _forward(
     cell: str,
     block: Block,
@@ -253,7 +259,7 @@ def _forward(
     seen: Seen,
 ) -> None:
     alive = tuple(state[block.group] for state in states)
-    if not _steps.obstacle(gates.device, gates.dtype):
+    if not _steps.obstacle(gates.device, gates.dtype, gates.shape[1] // 4):
         _steps.forward(cell, gates, weight, alive, block.sizes, block.step, before, seen)
         return
     first, visit = block.step == 0, _visitor(block, seen)
@@ -271,7 +277,7 @@ def _backward(
     upstream: Tensor | None,
 ) -> Tensor:
     some = tuple(grad[block.group] for grad in grads)
-    if not _steps.obstacle(gates.device, gates.dtype):
+    if not _steps.obstacle(gates.device, gates.dtype, gates.shape[1] // 4):
         return _steps.backward(cell, gates, before, weight, some, block.sizes, block.step, upstream)
     with _threads(block):
         dgates: Tensor = CELLS[cell].backward(

@@ -226,7 +226,7 @@ class _Siamese(nn.Module):
         dtype = self.weight_hh_l0.dtype
         loops = ""
         if backend == "torch" and where.type == "cpu":
-            obstacle = _steps.obstacle(where, compute_dtype(dtype))
+            obstacle = _steps.obstacle(where, compute_dtype(dtype), self.hidden_size)
             loops = (
                 f", step loops not compiled: {obstacle}" if obstacle else ", step loops compiled"
             )
@@ -414,20 +414,22 @@ class SiameseGRU(_Siamese):
 
 
 _MEMCMP = ctypes.CDLL(None).memcmp if os.name == "posix" else None
+if _MEMCMP is not None:
+    _MEMCMP.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 
 
 class _PreparedCache:
     """The last `functional.prepare` of a module, dropped when a weight changes.
 
     In-place updates raise a tensor's version counter, but writes through `.data` do not. On the
-    CPU the weights are therefore compared with a copy at each call, and so are a thousand numbers
-    of the embedding; on CUDA, where that would synchronise, version counters must do.
+    CPU the weights are therefore compared with a copy at each call, and so is one number of each
+    row of the embedding, or of ten thousand rows where it has more; on CUDA, where that would
+    synchronise, version counters must do.
     """
 
     def __init__(self) -> None:
-        self._key: tuple[Any, ...] = ()
-        self._copies: list[Tensor] = []
-        self._prepared: Prepared | None = None
+        # key, copies, result: in one piece, since another thread may come in between
+        self._kept: tuple[tuple[Any, ...], list[Tensor], Prepared | None] = ((), [], None)
 
     def get(
         self, directions: list[Weights], table: Tensor, backend: str, cell: str
@@ -445,16 +447,16 @@ class _PreparedCache:
             *((t.data_ptr(), t.shape, t.dtype, t.device) for t in tensors),
             *(t._version for t in tensors if counted),
         )
-        some = table[:: 1 + table.shape[0] // 1000, 0]
+        some = table[:: 1 + table.shape[0] // 10_000, 0]
         watched = [*tensors[:-1], some] if device == "cpu" else []
-        same = key == self._key and all(map(_same_bytes, watched, self._copies))
-        if not same:
-            self._prepared = functional.prepare(
+        known, copies, prepared = self._kept
+        if key != known or not all(map(_same_bytes, watched, copies)):
+            copies = [t.detach().clone() for t in watched]
+            prepared = functional.prepare(
                 directions, table, backend, cell=cell, bidirectional=len(directions) == 2
             )
-            self._copies = [t.detach().clone() for t in watched]
-            self._key = key
-        return self._prepared
+            self._kept = (key, copies, prepared)
+        return prepared
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _PreparedCache:
         return _PreparedCache()
@@ -464,11 +466,11 @@ class _PreparedCache:
 
 
 def _same_bytes(one: Tensor, other: Tensor) -> bool:
-    """Compare CPU tensors of one shape and dtype; the C library is ten times as fast as PyTorch."""
+    """Compare CPU tensors of one shape and dtype: the C library is faster at it than PyTorch."""
     if _MEMCMP is None or not (one.is_contiguous() and other.is_contiguous()):
         return torch.equal(one, other)
     size = one.numel() * one.element_size()
-    return not _MEMCMP(ctypes.c_void_p(one.data_ptr()), ctypes.c_void_p(other.data_ptr()), size)
+    return not _MEMCMP(one.data_ptr(), other.data_ptr(), size)
 
 
 def _own_embedding(

@@ -9,33 +9,27 @@
 
 #include <cstdint>
 #include <cstring>
-#include <vector>
 
 namespace {
 
 #define INLINE inline __attribute__((always_inline))
 
-using Vector = float __attribute__((vector_size(32), aligned(4), may_alias));
+// not `using`: Clang would drop the alignment
+typedef float Vector __attribute__((vector_size(32), aligned(4), may_alias));
 
 constexpr int64_t WIDTH = 8;   // floats in a Vector
 constexpr int64_t PANEL = 16;  // columns of a product that are worked on at a time
 constexpr int64_t ROWS = 6;    // rows: 6 x 2 sums, 2 columns and a factor fill 16 registers
 constexpr int64_t TILE = 24;   // sequences
+constexpr int64_t WORTH = 1000000;  // multiplications that are worth a thread
 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// The right-hand side of a product, [K, N], in panels of 16 columns, zero behind the last.
+// The right-hand side of a product, [K, N], in panels of 16 columns, [N / 16, K, 16]; what stands in
+// the last panel behind the last column is multiplied and dropped.
 struct Panels {
+    const float* data;
     int64_t K, N;
-    std::vector<float> data;
-
-    Panels(const float* weight, int64_t K, int64_t N)
-        : K(K), N(N), data((N + PANEL - 1) / PANEL * PANEL * K) {
-        for (int64_t j = 0; j < N; j += PANEL)
-            for (int64_t k = 0; k < K; k++)
-                std::memcpy(&data[j * K + k * PANEL], &weight[k * N + j],
-                            least(PANEL, N - j) * sizeof(float));
-    }
 };
 
 // out += a @ panel, for R rows and C vectors of columns.
@@ -109,7 +103,7 @@ INLINE float sigmoid(float x) {
     series = series * rest + 0.5f;
     series = series * rest + 1.0f;
     series = series * rest + 1.0f;
-    int32_t bits;
+    uint32_t bits;
     std::memcpy(&bits, &shifted, sizeof bits);
     bits = (bits + 127) << 23;
     std::memcpy(&power, &bits, sizeof bits);
@@ -124,7 +118,7 @@ struct Seen {
     int32_t* peaks;        // [n, H] step of the maximum
 };
 
-INLINE void look(const Seen& seen, const float* h, int64_t row, int64_t sequence, int32_t step,
+INLINE void pool(const Seen& seen, const float* h, int64_t row, int64_t sequence, int32_t step,
                  int64_t H) {
     if (seen.outputs) std::memcpy(&seen.outputs[row * H], h, H * sizeof(float));
     if (!seen.pooled) return;
@@ -201,11 +195,19 @@ struct Gru {
     }
 };
 
+int threads_for(int64_t H, int64_t steps, const int64_t* sizes, int most) {
+    int64_t tokens = 0;
+    for (int64_t t = 0; t < steps; t++) tokens += sizes[t];
+    int64_t tiles = (sizes[0] + TILE - 1) / TILE;
+    return least(most, least(tiles, 1 + tokens * H * H * 4 / WORTH));
+}
+
 template <class Cell>
-void forward(int64_t H, int64_t steps, const int64_t* sizes, int64_t step, int threads,
-             const float* weight, float* gates, float* h, float* c, float* before_h,
+void forward(int64_t H, int64_t steps, const int64_t* sizes, int64_t step, int most_threads,
+             const float* panels, float* gates, float* h, float* c, float* before_h,
              float* before_c, const Seen& seen) {
-    const Panels right(weight, H, (4 - Cell::SKIPPED) * H);
+    const Panels right = {panels, H, (4 - Cell::SKIPPED) * H};
+    [[maybe_unused]] const int threads = threads_for(H, steps, sizes, most_threads);
 #pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1)
     for (int64_t from = 0; from < sizes[0]; from += TILE) {
         for (int64_t t = 0, first = 0; t < steps && sizes[t] > from; first += sizes[t++]) {
@@ -218,17 +220,18 @@ void forward(int64_t H, int64_t steps, const int64_t* sizes, int64_t step, int t
                          4 * H);
             for (int64_t n = from; n < from + rows; n++, row++) {
                 Cell::forward(&gates[row * 4 * H], &h[n * H], c ? &c[n * H] : nullptr, H);
-                look(seen, &h[n * H], row, n, step + t, H);
+                pool(seen, &h[n * H], row, n, step + t, H);
             }
         }
     }
 }
 
 template <class Cell>
-void backward(int64_t H, int64_t steps, const int64_t* sizes, int64_t step, int threads,
-              const float* weight, const float* gates, const float* before_h,
+void backward(int64_t H, int64_t steps, const int64_t* sizes, int64_t step, int most_threads,
+              const float* panels, const float* gates, const float* before_h,
               const float* before_c, const float* upstream, float* dgates, float* dh, float* dc) {
-    const Panels right(weight, (4 - Cell::SKIPPED) * H, H);
+    const Panels right = {panels, (4 - Cell::SKIPPED) * H, H};
+    [[maybe_unused]] const int threads = threads_for(H, steps, sizes, most_threads);
     int64_t end = 0;
     for (int64_t t = 0; t < steps; t++) end += sizes[t];
 #pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1)
@@ -252,29 +255,31 @@ void backward(int64_t H, int64_t steps, const int64_t* sizes, int64_t step, int 
 
 }  // namespace
 
+// What _steps.py asks before it calls anything else: goes up with every change of an argument.
+extern "C" int64_t version() { return 1; }
+
 // Orders the sequences longest first, equal ones as they came, and packs the tokens of each `group`.
 //
 // lengths [N]; order [N]; tokens, and turned for the other direction or null, [N * steps], of which
 // as many are filled as there are tokens; alive [N / group, steps], sequences at each step of a
-// group. All but `lengths` are written, alive as far as it is not 0. Returns the number of tokens.
+// group; place [steps + 2], a help. `alive` and `place` come as zeros. Lengths are from 0 to `steps`.
+// Returns the number of tokens.
 extern "C" int64_t schedule(int64_t N, int64_t steps, int64_t group, const int64_t* lengths,
-                            int64_t* order, int64_t* tokens, int64_t* turned, int64_t* alive) {
-    // nothing outside a row is ever read, whatever the length says
-    auto length = [&](int64_t n) { return least(steps, lengths[n] < 0 ? 0 : lengths[n]); };
-    std::vector<int64_t> place(steps + 2);
-    for (int64_t n = 0; n < N; n++) place[steps - length(n) + 1]++;
+                            int64_t* order, int64_t* tokens, int64_t* turned, int64_t* place,
+                            int64_t* alive) {
+    for (int64_t n = 0; n < N; n++) place[steps - lengths[n] + 1]++;
     for (int64_t t = 1; t <= steps; t++) place[t] += place[t - 1];
-    for (int64_t n = 0; n < N; n++) order[place[steps - length(n)]++] = n;
+    for (int64_t n = 0; n < N; n++) order[place[steps - lengths[n]]++] = n;
     int64_t row = 0;
     for (int64_t from = 0; from < N; from += group, alive += steps) {
         int64_t count = least(group, N - from);
         for (int64_t t = 0; t < steps; t++) {
-            while (count && length(order[from + count - 1]) <= t) count--;
+            while (count && lengths[order[from + count - 1]] <= t) count--;
             if (!count) break;
             alive[t] = count;
             for (int64_t n = from; n < from + count; n++, row++) {
                 tokens[row] = order[n] * steps + t;
-                if (turned) turned[row] = order[n] * steps + length(order[n]) - 1 - t;
+                if (turned) turned[row] = order[n] * steps + lengths[order[n]] - 1 - t;
             }
         }
     }
@@ -283,10 +288,10 @@ extern "C" int64_t schedule(int64_t N, int64_t steps, int64_t group, const int64
 
 #define FORWARD(name, Cell)                                                                       \
     extern "C" void name(int64_t H, int64_t steps, const int64_t* sizes, int64_t step,            \
-                         int threads, const float* weight, float* gates, float* h, float* c,      \
+                         int threads, const float* panels, float* gates, float* h, float* c,      \
                          float* before_h, float* before_c, float* outputs, float* pooled,         \
                          const float* weights, int32_t* peaks) {                                  \
-        forward<Cell>(H, steps, sizes, step, threads, weight, gates, h, c, before_h, before_c,    \
+        forward<Cell>(H, steps, sizes, step, threads, panels, gates, h, c, before_h, before_c,    \
                       {outputs, pooled, weights, peaks});                                         \
     }
 FORWARD(lstm_forward, Lstm)
@@ -294,10 +299,10 @@ FORWARD(gru_forward, Gru)
 
 #define BACKWARD(name, Cell)                                                                      \
     extern "C" void name(int64_t H, int64_t steps, const int64_t* sizes, int64_t step,            \
-                         int threads, const float* weight, const float* gates,                    \
+                         int threads, const float* panels, const float* gates,                    \
                          const float* before_h, const float* before_c, const float* upstream,     \
                          float* dgates, float* dh, float* dc) {                                   \
-        backward<Cell>(H, steps, sizes, step, threads, weight, gates, before_h, before_c,         \
+        backward<Cell>(H, steps, sizes, step, threads, panels, gates, before_h, before_c,         \
                        upstream, dgates, dh, dc);                                                 \
     }
 BACKWARD(lstm_backward, Lstm)

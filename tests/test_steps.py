@@ -1,17 +1,11 @@
 """The compiled step loops against those of tensor operations, in float64."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-from fastsiam import SiameseLSTM, _steps, batched
+from fastsiam import SiameseLSTM, _packed, _steps, batched, functional
 
-ROOT = Path(__file__).parents[1]
-COMPILED = not _steps.obstacle(torch.device("cpu"), torch.float32)
+COMPILED = not _steps.obstacle(torch.device("cpu"), torch.float32, H=1)
 needs_library = pytest.mark.skipif(not COMPILED, reason="the step loops are not compiled here")
 
 # around a tile's sequences, a product's rows and columns, and a vector's floats
@@ -96,8 +90,8 @@ def test_gates_of_any_size(value, sign):
     H = 9
     gates = torch.full((1, 4 * H), sign * value)
     states = (torch.zeros(1, H), torch.zeros(1, H))
-    nothing = _steps.Seen(None, None, None, None)
-    _steps.forward("lstm", gates, torch.zeros(H, 4 * H), states, [1], 0, None, nothing)
+    panels, nothing = _steps.panels(torch.zeros(H, 4 * H)), _steps.Seen(None, None, None, None)
+    _steps.forward("lstm", gates, panels, states, [1], 0, None, nothing)
     # inside, the gates of g are doubled, c is doubled and h is halved
     i = o = torch.sigmoid(torch.tensor(sign * value).double())
     truth = o * torch.tanh(i * torch.tanh(torch.tensor(sign * value).double() / 2))
@@ -112,8 +106,8 @@ def test_sigmoid_is_right_to_rounding():
     N, H = 2501, 8
     x = torch.linspace(-90, 90, N * 4 * H).view(N, 4 * H)
     gates, states = x.clone(), (torch.zeros(N, H), torch.zeros(N, H))
-    nothing = _steps.Seen(None, None, None, None)
-    _steps.forward("lstm", gates, torch.zeros(H, 4 * H), states, [N], 0, None, nothing)
+    panels, nothing = _steps.panels(torch.zeros(H, 4 * H)), _steps.Seen(None, None, None, None)
+    _steps.forward("lstm", gates, panels, states, [N], 0, None, nothing)
     error = gates.double()[:, : 2 * H] - torch.sigmoid(x.double())[:, : 2 * H]
     assert error.abs().max() < 1e-7
 
@@ -131,40 +125,64 @@ def test_a_nan_stays_in_its_sequence():
         assert torch.equal(vectors.isnan().any(dim=1), vectors.isnan().all(dim=1))
 
 
-def explain(**changes):
-    program = (
-        "from fastsiam import SiameseLSTM; print(SiameseLSTM(3, 2, backend='torch').explain())"
-    )
-    return subprocess.run(
-        [sys.executable, "-c", program],
-        env=os.environ | {"PYTHONPATH": str(ROOT)} | changes,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-
-
-def test_explain_says_whether():
-    assert explain(FASTSIAM_STEPS="0").endswith("step loops not compiled: FASTSIAM_STEPS=0)\n")
-    model = SiameseLSTM(3, 2, backend="torch", dtype=torch.float64)
-    assert model.explain("cpu").endswith(
+def test_explain_says_whether(monkeypatch):
+    double = SiameseLSTM(3, 2, backend="torch", dtype=torch.float64)
+    assert double.explain("cpu").endswith(
         "step loops not compiled: they take float32, and the states are float64)"
     )
+    large = SiameseLSTM(3, 513, backend="torch")
+    assert large.explain("cpu").endswith("not compiled: they take H up to 512, and it is 513)")
     if COMPILED:
-        model = SiameseLSTM(3, 2, backend="torch", dtype=torch.bfloat16)
-        assert model.explain("cpu").endswith("bfloat16 on cpu, step loops compiled)")
+        half = SiameseLSTM(3, 2, backend="torch", dtype=torch.bfloat16)
+        assert half.explain("cpu").endswith("bfloat16 on cpu, step loops compiled)")
+    monkeypatch.setattr(_steps, "_WHY_NOT", "left out")
+    single = SiameseLSTM(3, 2, backend="torch")
+    assert single.explain("cpu").endswith("step loops not compiled: left out)")
+
+
+@needs_library
+@pytest.mark.parametrize("P", [1, 2])
+@pytest.mark.parametrize(
+    "lengths", [[0], [0, 0, 0], [3, 0, 7, 7, 1, -2, 9], [5] * 2050, []], ids=len
+)
+def test_order_of_a_batch(monkeypatch, lengths, P):
+    lengths = torch.tensor(lengths, dtype=torch.int32)
+    ours = _packed.schedule(lengths, 7, P)
+    monkeypatch.setattr(_steps, "_WHY_NOT", "left out")
+    theirs = _packed.schedule(lengths, 7, P)
+    assert ours.blocks == theirs.blocks
+    assert torch.equal(ours.order, theirs.order)
+    assert all(map(torch.equal, ours.tokens, theirs.tokens))
 
 
 @needs_library
 def test_why_there_is_no_library(monkeypatch, tmp_path):
+    monkeypatch.setattr(_steps, "VERSION", 0)
+    assert _steps._load() == (None, "they are of another version; install fastsiam again")
     monkeypatch.setattr(_steps.torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
     monkeypatch.setattr(_steps.platform, "machine", lambda: "x86_64")
-    assert _steps._load() == (None, "this processor has no AVX2")
+    assert _steps._load()[1] == "they need AVX2, and PyTorch names this processor DEFAULT"
     monkeypatch.setattr(_steps.platform, "machine", lambda: "aarch64")
-
     monkeypatch.setattr(_steps, "_FOLDER", tmp_path)
-    assert _steps._load() == (None, "there was no C++ compiler when fastsiam was installed")
+    assert _steps._load()[1].startswith("this installation of fastsiam was made without")
     (tmp_path / "_compiled_steps.abi3.so").write_bytes(b"no library")
     library, why = _steps._load()
     assert library is None
     assert why.startswith("they could not be loaded: ")
+
+
+def test_prepared_of_another_network():
+    """It would be read beyond its end."""
+    torch.manual_seed(0)
+    table, ids = torch.randn(9, 3), torch.randint(9, (2, 4))
+    lstm, gru, larger = torch.nn.LSTM(3, 5), torch.nn.GRU(3, 5), torch.nn.LSTM(3, 7)
+    weights = {
+        name: functional.Weights(*(p.detach() for p in network.parameters()))
+        for name, network in {"lstm": lstm, "gru": gru, "larger": larger}.items()
+    }
+    for other, cell in (("gru", "gru"), ("larger", "lstm")):
+        prepared = functional.prepare(weights[other], table, "torch", cell=cell)
+        with pytest.raises(ValueError, match=r"siamese_encode: prepared must be .* got \[1, "):
+            functional.siamese_encode(
+                ids, weights["lstm"], embedding=table, backend="torch", prepared=prepared
+            )
