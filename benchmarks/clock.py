@@ -1,4 +1,8 @@
-"""Timing: contenders in turn, round after round, so that a slow minute hits all of them alike."""
+"""Timing: contenders in turn, round after round, so that a slow minute hits all of them alike.
+
+Before each sample the contender runs once untimed, so that it finds code, data and memory as it
+left them, like a training or scoring loop, and not as the contender before it did.
+"""
 
 import statistics
 import time
@@ -29,9 +33,7 @@ class Effort:
     seconds: float
     least_rounds: int
     most_rounds: int
-    # a sample repeats its work until it lasts this long, and so finds code and data in the caches,
-    # as a training or scoring loop does
-    least_sample_s: float
+    least_sample_s: float  # a sample repeats its work until it lasts this long
 
 
 FULL = Effort(seconds=2.0, least_rounds=3, most_rounds=40, least_sample_s=1e-2)
@@ -134,6 +136,8 @@ def measure(works: dict[str, Work], device: torch.device, effort: Effort) -> dic
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
             work = works[name]
+            if first_s[name] < SLOW_S:
+                work()  # not timed: it takes the memory that the one before gave back
             start = now(device)
             for _ in range(calls[name]):
                 work()
