@@ -108,7 +108,8 @@ def test_contenders_take_turns():
     works = {name: lambda name=name: order.append(name) for name in "abc"}
     effort = clock.Effort(seconds=0, least_rounds=3, most_rounds=9, least_sample_s=0)
     times = clock.measure(works, CPU, effort)
-    assert "".join(order) == "aabbcc" + "abc" + "bca" + "cab"
+    # first calls, then rounds of an untimed call and a sample each
+    assert "".join(order) == "aabbcc" + "aabbcc" + "bbccaa" + "ccaabb"
     assert [len(t.samples_s) for t in times.values()] == [3, 3, 3]
 
 
