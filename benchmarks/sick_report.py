@@ -69,7 +69,12 @@ def summary(results: dict[str, dict[str, Any]]) -> list[str]:
         planned = PRESETS[preset]
         fewer = any(found["settings"][name] < planned[name] for name in EPOCHS if name in planned)
         name = f"`{preset}`" + " with fewer epochs" * fewer
-        lines.append([f"{name}, mean of {seeds} seeds", *cells(found["mean"])])
+        lines.append(
+            [
+                f"{name}, mean of {seeds} seeds" if seeds > 1 else f"{name}, one seed",
+                *cells(found["mean"]),
+            ]
+        )
         if found["ensemble"] is not None:
             lines.append([f"{name}, ensemble of {seeds}", *cells(found["ensemble"])])
     return markdown_table(header, lines)
