@@ -246,7 +246,12 @@ def backward(
 
 def _right_hand_side(weight: Tensor, H: int) -> Tensor:
     """Lay a step's weight out as what runs the steps wants it."""
-    return weight if _steps.obstacle(weight.device, weight.dtype, H) else _steps.panels(weight)
+    return _steps.panels(weight) if _compiled(weight, H) else weight
+
+
+def _compiled(states: Tensor, H: int) -> bool:
+    """Return whether the compiled loops run the steps of such states."""
+    return not _steps.obstacle(states.device, states.dtype, H)
 
 
 def _forward(
@@ -259,7 +264,7 @@ def _forward(
     seen: Seen,
 ) -> None:
     alive = tuple(state[block.group] for state in states)
-    if not _steps.obstacle(gates.device, gates.dtype, gates.shape[1] // 4):
+    if _compiled(gates, gates.shape[1] // 4):
         _steps.forward(cell, gates, weight, alive, block.sizes, block.step, before, seen)
         return
     first, visit = block.step == 0, _visitor(block, seen)
@@ -277,7 +282,7 @@ def _backward(
     upstream: Tensor | None,
 ) -> Tensor:
     some = tuple(grad[block.group] for grad in grads)
-    if not _steps.obstacle(gates.device, gates.dtype, gates.shape[1] // 4):
+    if _compiled(gates, gates.shape[1] // 4):
         return _steps.backward(cell, gates, before, weight, some, block.sizes, block.step, upstream)
     with _threads(block):
         dgates: Tensor = CELLS[cell].backward(

@@ -10,9 +10,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from fastsiam import _ops
-from fastsiam._backend import resolve_backend
-from fastsiam.functional import manhattan_similarity
+from fastsiam.functional import manhattan_similarity, nearest_rows
 from fastsiam.model import TextSiamese
 from fastsiam.text.files import DataError
 from fastsiam.text.streams import (
@@ -197,9 +195,6 @@ def search_file(
         raise ValueError(f"search_file: k must be at least 1, got {k}")
     stored = None if vectors is None else _open_vectors(vectors, model.vector_size)
     wanted = _precise(model.encode(queries, BATCH)).to(model.device)
-    backend = resolve_backend(
-        "search_file", "auto", wanted.device, wanted.dtype, H=1, otherwise="torch"
-    ).backend
     # not similarities: those of large distances are all 0
     distance = wanted.new_empty(len(queries), 0, dtype=torch.float32)
     index = wanted.new_empty(len(queries), 0, dtype=torch.int64)
@@ -215,8 +210,8 @@ def search_file(
             else:
                 candidates = _rows_of(stored, vectors, tally.rows, len(sentences))[kept]
             if kept:
-                found, rows = _ops.manhattan_topk(
-                    wanted, candidates.to(wanted), min(k, len(kept)), backend
+                found, rows = nearest_rows(
+                    "search_file", wanted, candidates.to(wanted), min(k, len(kept))
                 )
                 # the earlier sentences stand first, and a stable sort leaves equal ones so
                 distance, order = torch.cat([distance, found], dim=1).sort(dim=1, stable=True)

@@ -261,7 +261,20 @@ def manhattan_topk(
         ValueError: an argument of the wrong shape, dtype, device or range.
         ImportError: backend "triton" without triton.
     """
-    who = "manhattan_topk"
+    _check_scale("manhattan_topk", scale)
+    distance, index = nearest_rows("manhattan_topk", queries, corpus, k, backend)
+    with torch.no_grad():
+        return torch.exp(distance * -scale).float(), index
+
+
+def nearest_rows(
+    who: str, queries: Tensor, corpus: Tensor, k: int, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Return L1, [Q, k] float32, and indices of the k rows of corpus nearest to each query.
+
+    What `manhattan_topk` does before it makes similarities, of which those of large distances are
+    all 0. Arguments and errors are its own; `who` is named in them.
+    """
     if queries.ndim != 2 or corpus.ndim != 2 or queries.shape[1] != corpus.shape[1]:
         raise ValueError(
             f"{who}: queries and corpus must be [Q, F] and [M, F], "
@@ -281,15 +294,14 @@ def manhattan_topk(
         raise ValueError(
             f"{who}: k must be between 1 and the {corpus.shape[0]} rows of corpus, got {k}"
         )
-    _check_scale(who, scale)
     choice = resolve_backend(who, backend, queries.device, queries.dtype, H=1, otherwise="torch")
     if choice.backend not in ("torch", "triton"):
         raise ValueError(
             f"{who}: backend must be auto, triton or torch, got {backend!r}; pass backend='torch'"
         )
     with torch.no_grad(), torch.autocast(queries.device.type, enabled=False):
-        distance, index = _ops.manhattan_topk(queries, corpus, k, choice.backend)
-        return torch.exp(distance * -scale).float(), index
+        found: tuple[Tensor, Tensor] = _ops.manhattan_topk(queries, corpus, k, choice.backend)
+    return found
 
 
 def _check_scale(who: str, scale: float | Tensor) -> None:

@@ -17,10 +17,10 @@ namespace {
 // not `using`: Clang would drop the alignment
 typedef float Vector __attribute__((vector_size(32), aligned(4), may_alias));
 
-constexpr int64_t WIDTH = 8;   // floats in a Vector
-constexpr int64_t PANEL = 16;  // columns of a product that are worked on at a time
-constexpr int64_t ROWS = 6;    // rows: 6 x 2 sums, 2 columns and a factor fill 16 registers
-constexpr int64_t TILE = 24;   // sequences
+constexpr int64_t WIDTH = 8;        // floats in a Vector
+constexpr int64_t PANEL = 16;       // columns of a product that are worked on at a time
+constexpr int64_t ROWS = 6;         // rows: 6 x 2 sums, 2 columns and a factor, of 16 registers
+constexpr int64_t TILE = 24;        // sequences
 constexpr int64_t WORTH = 1000000;  // multiplications that are worth a thread
 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -195,10 +195,14 @@ struct Gru {
     }
 };
 
-int threads_for(int64_t H, int64_t steps, const int64_t* sizes, int most) {
+int64_t sum(int64_t steps, const int64_t* sizes) {
     int64_t tokens = 0;
     for (int64_t t = 0; t < steps; t++) tokens += sizes[t];
-    int64_t tiles = (sizes[0] + TILE - 1) / TILE;
+    return tokens;
+}
+
+int threads_for(int64_t H, int64_t tokens, int64_t sequences, int most) {
+    int64_t tiles = (sequences + TILE - 1) / TILE;
     return least(most, least(tiles, 1 + tokens * H * H * 4 / WORTH));
 }
 
@@ -207,7 +211,8 @@ void forward(int64_t H, int64_t steps, const int64_t* sizes, int64_t step, int m
              const float* panels, float* gates, float* h, float* c, float* before_h,
              float* before_c, const Seen& seen) {
     const Panels right = {panels, H, (4 - Cell::SKIPPED) * H};
-    [[maybe_unused]] const int threads = threads_for(H, steps, sizes, most_threads);
+    [[maybe_unused]] const int threads =
+        threads_for(H, sum(steps, sizes), sizes[0], most_threads);
 #pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1)
     for (int64_t from = 0; from < sizes[0]; from += TILE) {
         for (int64_t t = 0, first = 0; t < steps && sizes[t] > from; first += sizes[t++]) {
@@ -231,9 +236,8 @@ void backward(int64_t H, int64_t steps, const int64_t* sizes, int64_t step, int 
               const float* panels, const float* gates, const float* before_h,
               const float* before_c, const float* upstream, float* dgates, float* dh, float* dc) {
     const Panels right = {panels, (4 - Cell::SKIPPED) * H, H};
-    [[maybe_unused]] const int threads = threads_for(H, steps, sizes, most_threads);
-    int64_t end = 0;
-    for (int64_t t = 0; t < steps; t++) end += sizes[t];
+    const int64_t end = sum(steps, sizes);
+    [[maybe_unused]] const int threads = threads_for(H, end, sizes[0], most_threads);
 #pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1)
     for (int64_t from = 0; from < sizes[0]; from += TILE) {
         for (int64_t t = steps, first = end; t-- > 0;) {
