@@ -40,7 +40,7 @@ def prepared_shapes(
         from fastsiam.kernels import _packing
 
         table, weight = _packing.packed_shapes(R, H, dtype, P)
-        return (table, _packing.table_dtype(dtype)), (weight, _packing.bits_dtype(dtype))
+        return (table, _packing.table_dtype(dtype)), (weight, torch.int16)
     computed = batched.compute_dtype(dtype)
     return ((P, R, 4 * H), computed), ((P, H, rows), computed)
 
@@ -189,7 +189,9 @@ def gradients(
     """
     if backend == "triton":
         packing = _packing_of(cell)
-        packed_ih, packed_hh = packing.pack_backward(weight_ih if need_dx else None, weight_hh)
+        packed_ih, packed_hh = packing.pack_backward(
+            weight_ih if need_dx else None, weight_hh, allow_tf32
+        )
         dgates = _launchers(cell)[1](
             dpair,
             dvectors,

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastsiam.kernels import _packing, _tiling
-from fastsiam.kernels._math import _load_cells, _load_cells_where, _turn, _unpack
+from fastsiam.kernels._math import _load_cells, _load_cells_where, _turn, _unpack, in_triton
 
 
 @triton.jit
@@ -68,6 +68,18 @@ def _as_operand(x, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, ASSEMBLY: tl.co
     # cells with two gates [blocks, half, columns, side, warps, 8, 4, 2] -> [2 * BLOCK_H, BLOCK_N]
     x = tl.permute(_opaque(x, ASSEMBLY), (7, 0, 4, 1, 5, 2, 6, 3))
     return tl.reshape(x, (2 * BLOCK_H, BLOCK_N))
+
+
+@triton.jit
+def _scales(x):
+    # powers of two, one pair a sequence, for what float16 has no range for: one brings the largest
+    # of its cells below 2^15, one takes that back. Below 2^-112 all stay small, or neither was one
+    bits = tl.abs(x).to(tl.int32, bitcast=True)
+    largest = tl.max(tl.max(bits, 0, keep_dims=True), 1, keep_dims=True)
+    largest = tl.max(tl.max(largest, 5, keep_dims=True), 4, keep_dims=True)
+    exponent = tl.maximum(largest & 0x7F800000, 15 << 23) - (14 << 23)
+    scale = ((254 << 23) - exponent).to(tl.float32, bitcast=True)
+    return scale, exponent.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -178,7 +190,7 @@ def launch(
         return dgates
     target = _tiling.target_of(vectors.device)
     how = _tiling.arithmetic(vectors.dtype, allow_tf32, target)
-    tile = _tiling.backward_tile(H, vectors.dtype, how.PRECISION, target)
+    tile = _tiling.backward_tile(H, vectors.dtype, how, target)
     paired = dpair is not None
     B = N // 2 if paired else N
     order = _tiling.pair_order(lengths, B, target, P)
@@ -212,7 +224,8 @@ def launch(
         HAS_DVECTORS=dvectors is not None,
         HAS_DOUTPUTS=doutputs is not None,
         HAS_ORDER=order is not None,
-        PRECISION=how.PRECISION,
+        OPERAND=in_triton(tile.operand),
+        PARTS=tile.parts,
         WIDEN=how.WIDEN,
         ASSEMBLY=how.ASSEMBLY,
         num_warps=tile.num_warps,

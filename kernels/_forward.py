@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastsiam.kernels import _packing, _tiling
-from fastsiam.kernels._math import _load_cells, _unpack
+from fastsiam.kernels import _tiling
+from fastsiam.kernels._math import _load_cells, _unpack, in_triton
 
 
 @triton.jit
@@ -178,12 +178,12 @@ def launch(
     target = _tiling.target_of(vectors.device)
     how = _tiling.arithmetic(dtype, allow_tf32, target)
     each = _tiling.programs_each(lengths, P, target)
-    tile = _tiling.forward_tile(H, dtype, how.PRECISION, target, each)
+    tile = _tiling.forward_tile(H, dtype, how, target, each)
     order = _tiling.pair_order(lengths, B, target, P)
     records = {"gates_ptr": gates, "cells_ptr": cells, "states_ptr": states}
     kernel[(triton.cdiv(N, tile.sequences), P)](
         table_ptr=table,
-        weight_ptr=_packing.rounded(weight) if tile.rounds else weight,
+        weight_ptr=weight,
         ids_ptr=lengths if ids is None else ids,
         lengths_ptr=lengths,
         mask_ptr=lengths if mask is None else mask,
@@ -205,6 +205,8 @@ def launch(
         BLOCK_N=tile.sequences,
         WARPS=tile.num_warps,
         STREAM=tile.stream,
+        OPERAND=in_triton(tile.operand),
+        PARTS=tile.parts,
         DIRECTIONS=P,
         POOLING=pooling,
         PAIRED=paired,

@@ -4,6 +4,7 @@ docs/kernels.md draws the tiles. A "cell tile" holds one number per (unit, seque
 its axes are chosen so that the compiler's default layout of a load is a tensor-core accumulator's.
 """
 
+import torch
 import triton
 import triton.language as tl
 
@@ -13,7 +14,7 @@ TURNED = tl.constexpr(tuple(int(part) for part in triton.__version__.split(".")[
 
 
 @triton.jit
-def _tanh(x, APPROXIMATE: tl.constexpr):
+def _tanh(x, APPROXIMATE: tl.constexpr, ASSEMBLY: tl.constexpr):
     if APPROXIMATE:
         # one instruction, relative error 2^-11, below the rounding of the operands it is used with
         return tl.inline_asm_elementwise(
@@ -25,7 +26,19 @@ def _tanh(x, APPROXIMATE: tl.constexpr):
         s = x * x
         series = s * (-17.0 / 315.0 + s * (62.0 / 2835.0))
         series = x + x * (s * (-1.0 / 3.0 + s * (2.0 / 15.0 + series)))
-        return tl.where(s < 0.0625, series, 2.0 / (1.0 + tl.exp(-2.0 * x)) - 1.0)
+        if ASSEMBLY:
+            # two units in the last place each, without the steps that keep subnormals
+            inverse = tl.inline_asm_elementwise(
+                "ex2.approx.ftz.f32 $0, $1; add.ftz.f32 $0, $0, 1.0; rcp.approx.ftz.f32 $0, $0;",
+                "=f,f",
+                [x * -2.885390081777927],
+                dtype=tl.float32,
+                is_pure=True,
+                pack=1,
+            )
+        else:
+            inverse = 1.0 / (1.0 + tl.exp(-2.0 * x))
+        return tl.where(s < 0.0625, series, 2.0 * inverse - 1.0)
 
 
 @triton.jit
@@ -110,10 +123,22 @@ def _store_cells(pointers, x, mask, AXES: tl.constexpr):
     tl.store(_turn(pointers, AXES), _turn(x, AXES), mask=_turn(mask, AXES))
 
 
+def in_triton(dtype: torch.dtype) -> tl.dtype:
+    """Return a dtype's name in a kernel, as a compile-time argument."""
+    found: tl.dtype = getattr(tl, str(dtype).removeprefix("torch."))
+    return found
+
+
 @triton.constexpr_function
-def _operand_dtype(dtype, bits):
-    # of a product's operands: float32 may come with a weight rounded to float16
-    return tl.float16 if dtype == tl.float32 and bits == tl.int16 else dtype
+def _low_scale(operand):
+    # what a low part is multiplied by: float16's exponents would not reach down to it
+    return 2048.0 if operand == tl.float16 else 1.0
+
+
+@triton.jit
+def _low(x, high, OPERAND: tl.constexpr):
+    # the second part of x: what the first, `high`, leaves of it
+    return ((x - high.to(tl.float32)) * _low_scale(OPERAND)).to(OPERAND)
 
 
 @triton.jit
@@ -121,8 +146,8 @@ def _load_weight(
     weight_ptr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
-    DTYPE: tl.constexpr,
-    DOT_DTYPE: tl.constexpr,
+    OPERAND: tl.constexpr,
+    WIDEN: tl.constexpr,
     zero,
     BY_FLOAT: tl.constexpr,
 ):
@@ -130,7 +155,24 @@ def _load_weight(
     # into the operand's layout once, ahead of the loop, and keeps it in registers. Given the dot
     # operand itself it would sink the conversion into the loop and read shared memory every step
     offs = tl.arange(0, ROWS)[:, None] * COLS + tl.arange(0, COLS)[None, :]
-    return _from_bits(tl.load(weight_ptr + offs), DTYPE, zero, BY_FLOAT).to(DOT_DTYPE)
+    weight = _from_bits(tl.load(weight_ptr + offs), OPERAND, zero, BY_FLOAT)
+    return weight.to(tl.float32) if WIDEN else weight
+
+
+@triton.jit
+def _load_low(
+    weight_ptr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    OPERAND: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    # the low part of a weight, for the compiler to keep in shared memory and to read every step:
+    # registers hold the high one. Without the barrier it would be fetched before they do
+    tl.debug_barrier()
+    offs = tl.arange(0, ROWS)[:, None] * COLS + tl.arange(0, COLS)[None, :]
+    weight = tl.load(weight_ptr.to(tl.pointer_type(OPERAND), bitcast=True) + offs)
+    return weight.to(tl.float32) if WIDEN else weight
 
 
 @triton.jit
@@ -171,23 +213,58 @@ def _rows(x, PART: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, COLS: 
 
 
 @triton.jit
-def _product_streamed(
-    weight_ptr,  # [M, K] bits; a pointer that the loop changes, or all pieces are read ahead of it
+def _parts(x, OPERAND: tl.constexpr, PARTS: tl.constexpr, WIDEN: tl.constexpr):
+    # an operand of `_product`: x rounded, and what that leaves of it (PARTS 2)
+    high = x.to(OPERAND)
+    low = _low(x, high, OPERAND) if PARTS == 2 else high
+    if WIDEN:
+        return high.to(tl.float32), low.to(tl.float32)
+    else:
+        return high, low
+
+
+@triton.jit
+def _product(
+    weight,  # [M, K], or where STREAM a pointer to its bits
+    weight_low,  # likewise (PARTS 2)
     x,  # [K, N]
-    a,  # [M, N]
-    M: tl.constexpr,
-    K: tl.constexpr,
-    DTYPE: tl.constexpr,
-    DOT_DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    x_low,  # (PARTS 2)
+    a,  # [M, N] float32
+    nothing,  # 0 that a loop changes: else all of a streamed weight is read ahead of the loop
+    OPERAND: tl.constexpr,
+    PARTS: tl.constexpr,
+    WIDEN: tl.constexpr,
+    STREAM: tl.constexpr,
 ):
-    # a + weight @ x, reading the weight from L2 in pieces of 64 bytes a row
-    COLS: tl.constexpr = 64 // (DTYPE.primitive_bitwidth // 8)
-    offs = tl.arange(0, M)[:, None] * K + tl.arange(0, COLS)[None, :]
-    for part in tl.static_range(K // COLS):
-        piece = tl.load(weight_ptr + offs + part * COLS).to(DTYPE, bitcast=True).to(DOT_DTYPE)
-        rows = _rows(x, part, K // COLS, K, x.shape[1])
-        a = tl.dot(piece, rows, a, input_precision=PRECISION)
-        # keeps the compiler from fetching the pieces all at once: they would not fit
-        tl.debug_barrier()
-    return a
+    # a + weight @ x. In two parts it is three products: low times low is below all rounding
+    if STREAM:
+        weight += nothing
+        weight_low += nothing
+    if PARTS == 2:
+        a = _product_of(weight, x, a, OPERAND, WIDEN, STREAM)
+        small = tl.zeros(a.shape, tl.float32)
+        small = _product_of(weight_low, x, small, OPERAND, WIDEN, STREAM)
+        small = _product_of(weight, x_low, small, OPERAND, WIDEN, STREAM)
+        return a + small * (1.0 / _low_scale(OPERAND))
+    else:
+        return _product_of(weight, x, a, OPERAND, WIDEN, STREAM)
+
+
+@triton.jit
+def _product_of(weight, x, a, OPERAND: tl.constexpr, WIDEN: tl.constexpr, STREAM: tl.constexpr):
+    if not STREAM:
+        return tl.dot(weight, x, a)
+    else:
+        # the weight is read from L2 in pieces of 64 bytes a row
+        M: tl.constexpr = a.shape[0]
+        K: tl.constexpr = x.shape[0]
+        COLS: tl.constexpr = 64 // (OPERAND.primitive_bitwidth // 8)
+        offs = tl.arange(0, M)[:, None] * K + tl.arange(0, COLS)[None, :]
+        for part in tl.static_range(K // COLS):
+            piece = tl.load(weight + offs + part * COLS).to(OPERAND, bitcast=True)
+            piece = piece.to(tl.float32) if WIDEN else piece
+            rows = _rows(x, part, K // COLS, K, x.shape[1])
+            a = tl.dot(piece, rows, a)
+            # keeps the compiler from fetching the pieces all at once: they would not fit
+            tl.debug_barrier()
+        return a

@@ -6,10 +6,12 @@ gates in one thread. docs/kernels.md has the drawing. A GRU's gates are r, z, n,
 has none for the state, y none for the input. There, and in units past H, stands 0.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastsiam.kernels._math import _low
 from fastsiam.kernels._tiling import block_h
 
 # columns of the input's weight that a program packs
@@ -31,7 +33,7 @@ def _pack_kernel(
     bias_ptr,  # [P, 4 * H] (HAS_BIAS)
     factors_ptr,  # [4] float32, of the gates
     packed_ih_ptr,  # [P, BLOCK_H, 4, D] out
-    packed_hh_ptr,  # [P, ...] out; see `pack`
+    packed_hh_ptr,  # [P, PARTS, ...] out; see `pack`
     packed_bias_ptr,  # [P, BLOCK_H, 4] out
     D,
     H,
@@ -41,6 +43,7 @@ def _pack_kernel(
     TRANSPOSED: tl.constexpr,
     HAS_INPUT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    PARTS: tl.constexpr,  # of an element of weight_hh, 1 or 2
 ):
     SQUARE: tl.constexpr = BLOCK_H * BLOCK_H
     direction = tl.program_id(0) // 4
@@ -58,21 +61,33 @@ def _pack_kernel(
         hh_ptrs = weight_hh_ptr + ((weight_row + tl.minimum(gate, GATES - 1) * H)[:, None] * H + k)
         # halved once more because the kernels keep 2h
         hh = _scaled(hh_ptrs, there[:, None] & (k < H), 0.5 * factor)
+        kept = None
         if TRANSPOSED:
-            packed_hh_ptr += direction * (GATES * SQUARE) + gate // 2 * (2 * SQUARE)
+            packed_hh_ptr += direction * (PARTS * GATES * SQUARE) + gate // 2 * (2 * SQUARE)
             column = gate % 2 * BLOCK_H + unit
-            if GATES == 4:
-                tl.store(packed_hh_ptr + (k * (2 * BLOCK_H) + column[:, None]), hh)
-            else:
+            width = 2 * BLOCK_H
+            if GATES == 3:
                 # y has a place to itself, and n none
                 width = tl.where(gate == 3, BLOCK_H, 2 * BLOCK_H)
                 column = tl.where(gate == 3, unit, column)
-                kept = (gate != 2) & (unit < BLOCK_H)
-                tl.store(packed_hh_ptr + (k * width + column[:, None]), hh, mask=kept[:, None])
+                kept = ((gate != 2) & (unit < BLOCK_H))[:, None]
+            packed_hh_ptrs = packed_hh_ptr + (k * width + column[:, None])
         else:
             row = gate // 2 * (2 * BLOCK_H) + unit // 8 * 16 + gate % 2 * 8 + unit % 8
-            packed_hh_ptr += direction * (4 * SQUARE)
-            tl.store(packed_hh_ptr + (row[:, None] * BLOCK_H + k), hh)
+            packed_hh_ptr += direction * (PARTS * 4 * SQUARE)
+            packed_hh_ptrs = packed_hh_ptr + (row[:, None] * BLOCK_H + k)
+        OPERAND: tl.constexpr = packed_hh_ptr.dtype.element_ty
+        if OPERAND == hh.dtype:
+            tl.store(packed_hh_ptrs, hh, mask=kept)
+        else:
+            # kept within float16's range, unless not finite
+            within = tl.minimum(tl.maximum(hh, -65504.0), 65504.0)
+            hh = tl.where(tl.abs(hh) < float("inf"), within, hh)
+            tl.store(packed_hh_ptrs, hh.to(OPERAND), mask=kept)
+            if PARTS == 2:
+                packed_hh_ptrs += (GATES if TRANSPOSED else 4) * SQUARE
+                low = _low(within, within.to(OPERAND), OPERAND)
+                tl.store(packed_hh_ptrs, low, mask=kept)
         if HAS_BIAS:
             bias = _scaled(bias_ptr + (direction * 4 + gate) * H + unit, unit < H, factor)
             tl.store(packed_bias_ptr + packed_row, bias)
@@ -89,6 +104,8 @@ def pack(
     bias: Tensor | None,
     factors: Tensor,
     transposed: bool,
+    operand: torch.dtype,
+    parts: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Pack the weights of a layer that runs P directions.
 
@@ -98,22 +115,24 @@ def pack(
         bias: [P, 4H] or None.
         factors: [4] float32, powers of two: what each gate's rows are multiplied by.
         transposed: whether to lay weight_hh out for the backward.
+        operand: what weight_hh is rounded to.
+        parts: 1, or 2 for what was rounded away too; see `_math._low`.
 
     Returns:
-        weight_ih as [P, 4 * block, D], weight_hh as [P, 4 * block, block] for `a + W h`, the bias
-        as [P, 4 * block]. Transposed, weight_hh is [P, 2, block, 2 * block], columns i, f and g, o;
-        of a GRU [P, 3 * block * block], in them r and z, [block, 2 * block], and y, [block, block].
-        What was not given is empty.
+        weight_ih as [P, 4 * block, D], weight_hh as [P, parts, 4 * block, block] for `a + W h`, the
+        bias as [P, 4 * block]. Transposed, weight_hh is [P, parts, 2, block, 2 * block], columns i,
+        f and g, o; of a GRU [P, parts, 3 * block * block], in them r and z, [block, 2 * block], and
+        y, [block, block]. What was not given is empty.
     """
     P, rows, H = weight_hh.shape
     gates, block = rows // H, block_h(H)
     if not transposed:
-        shape: tuple[int, ...] = (P, 4 * block, block)
+        shape: tuple[int, ...] = (P, parts, 4 * block, block)
     elif gates == 4:
-        shape = (P, 2, block, 2 * block)
+        shape = (P, parts, 2, block, 2 * block)
     else:
-        shape = (P, 3 * block * block)
-    packed_hh = weight_hh.new_empty(shape)
+        shape = (P, parts, 3 * block * block)
+    packed_hh = weight_hh.new_empty(shape, dtype=operand)
     D = 0 if weight_ih is None else weight_ih.shape[2]
     packed_ih = weight_hh.new_empty(P, 4 * block, D)
     packed_bias = weight_hh.new_empty((P, 4 * block) if bias is not None else 0)
@@ -133,6 +152,7 @@ def pack(
         TRANSPOSED=transposed,
         HAS_INPUT=weight_ih is not None,
         HAS_BIAS=bias is not None,
+        PARTS=parts,
         num_warps=WARPS,
     )
     return packed_ih, packed_hh, packed_bias

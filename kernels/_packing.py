@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastsiam.kernels import _tiling
 from fastsiam.kernels._pack import pack
 from fastsiam.kernels._tiling import block_h
 
@@ -30,17 +31,12 @@ def _factors(of_gates: tuple[float, ...], device: torch.device, dtype: torch.dty
         return torch.tensor(of_gates, device=device, dtype=dtype).view(4, 1, 1)
 
 
-def bits_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the integer dtype that carries dtype's bits."""
-    return torch.int32 if dtype == torch.float32 else torch.int16
-
-
 def packed_shapes(
     R: int, H: int, dtype: torch.dtype, P: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the shapes of what `prepare` makes of R rows, for P directions."""
-    block = block_h(H)
-    return (R, P, block, _words(dtype, 4)), (P, 4 * block, block)
+    block, (_, parts) = block_h(H), _forward_operand(dtype)
+    return (R, P, block, _words(dtype, 4)), (P, parts, 4 * block, block)
 
 
 def table_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -71,29 +67,38 @@ def prepare(
 
     The shapes are `packed_shapes`.
     """
+    factors = _factors(of_gates, x.device, torch.float32)
     packed_ih, weight, packed_bias = pack(
-        weight_ih, weight_hh, bias, _factors(of_gates, x.device, torch.float32), transposed=False
+        weight_ih, weight_hh, bias, factors, False, *_forward_operand(x.dtype)
     )
     columns = packed_ih.flatten(0, 1).T
     table = x @ columns if bias is None else torch.addmm(packed_bias.flatten(), x, columns)
     shape, _ = packed_shapes(x.shape[0], weight_hh.shape[2], x.dtype, len(weight_hh))
-    return table.view(table_dtype(x.dtype)).view(shape), weight.view(bits_dtype(x.dtype))
+    return table.view(table_dtype(x.dtype)).view(shape), weight.view(torch.int16)
+
+
+def _forward_operand(dtype: torch.dtype) -> tuple[torch.dtype, int]:
+    """Return the dtype of the packed weight's elements and the parts of each.
+
+    Of float32 there are two whatever the precision: a kernel that wants tf32 reads the first.
+    """
+    return (torch.float16, 2) if dtype == torch.float32 else (dtype, 1)
 
 
 def pack_backward(
-    weight_ih: Tensor | None, weight_hh: Tensor, of_gates: tuple[float, ...] = _GRADIENT
+    weight_ih: Tensor | None,
+    weight_hh: Tensor,
+    allow_tf32: bool,
+    of_gates: tuple[float, ...] = _GRADIENT,
 ) -> tuple[Tensor | None, Tensor]:
     """Return weight_ih, if given, for `weight_gradients` and the bits of weight_hh transposed."""
+    target = _tiling.target_of(weight_hh.device)
+    how = _tiling.arithmetic(weight_hh.dtype, allow_tf32, target)
+    tile = _tiling.backward_tile(weight_hh.shape[2], weight_hh.dtype, how, target)
     factors = _factors(of_gates, weight_hh.device, torch.float32)
-    packed_ih, weight, _ = pack(weight_ih, weight_hh, None, factors, transposed=True)
-    return None if weight_ih is None else packed_ih, weight.view(bits_dtype(weight_hh.dtype))
-
-
-def rounded(weight: Tensor) -> Tensor:
-    """Return a float32 weight of `prepare` as the bits of float16, kept within its range."""
-    largest = torch.finfo(torch.float16).max
-    kept = weight.view(torch.float32).clamp(-largest, largest)
-    return kept.to(torch.float16).view(torch.int16)
+    packed_ih, weight, _ = pack(weight_ih, weight_hh, None, factors, True, tile.operand, tile.parts)
+    bits = weight.view(torch.int32 if tile.operand == torch.float32 else torch.int16)
+    return None if weight_ih is None else packed_ih, bits
 
 
 def token_rows(

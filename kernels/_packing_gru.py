@@ -30,9 +30,11 @@ def prepare(
     return _packing.prepare(x, weight_ih, weight_hh, bias, _SCALING)
 
 
-def pack_backward(weight_ih: Tensor | None, weight_hh: Tensor) -> tuple[Tensor | None, Tensor]:
+def pack_backward(
+    weight_ih: Tensor | None, weight_hh: Tensor, allow_tf32: bool
+) -> tuple[Tensor | None, Tensor]:
     """Do what `_packing.pack_backward` does."""
-    return _packing.pack_backward(weight_ih, weight_hh, _SCALING)
+    return _packing.pack_backward(weight_ih, weight_hh, allow_tf32, _SCALING)
 
 
 def weight_gradients(

@@ -37,23 +37,17 @@ def target_of(device: torch.device) -> str:
 class Arithmetic(NamedTuple):
     """How a kernel computes; the fields are its compile-time arguments."""
 
-    PRECISION: str  # of float32 products
-    APPROXIMATE: bool  # tanh by one instruction, 2^-11
-    WIDEN: bool  # round products' operands to the dtype, then multiply them in float32
+    APPROXIMATE: bool  # tanh by one instruction, 2^-11; float32 in products by its first 11 bits
+    WIDEN: bool  # multiply the operands of a product in float32, once they are rounded
     ASSEMBLY: bool  # whether inline PTX is understood
 
 
 def arithmetic(dtype: torch.dtype, allow_tf32: bool, target: str) -> Arithmetic:
     """Return how tensors of `dtype` are computed on `target`."""
     nvidia = target.startswith("sm_")
-    if not nvidia:
-        # AMD multiplies float32 as it is; the interpreter would multiply a bfloat16's raw bits
-        widen = target == "interpreter" and dtype == torch.bfloat16
-        return Arithmetic("ieee", False, widen, False)
-    if dtype == torch.float32 and not allow_tf32:
-        # three tf32 products: float32's accuracy on tensor cores
-        return Arithmetic("tf32x3", False, False, True)
-    return Arithmetic("tf32", True, False, True)
+    # the interpreter would multiply a bfloat16's raw bits; AMD has no tf32
+    approximate = nvidia and (dtype != torch.float32 or allow_tf32)
+    return Arithmetic(approximate, target == "interpreter", nvidia)
 
 
 class Tile(NamedTuple):
@@ -62,55 +56,61 @@ class Tile(NamedTuple):
     block_h: int  # units of a program: a power of two >= H
     sequences: int  # of a program, two a pair
     num_warps: int
-    stream: bool  # whether weight_hh is read every step instead of kept in registers
-    rounds: bool = False  # whether weight_hh and h, of float32, are rounded to float16 for products
+    stream: bool  # whether weight_hh is read every step instead of kept on chip
+    operand: torch.dtype  # of a product's operands
+    parts: int  # of an operand: with 2, what rounding to the first leaves is the second
 
 
-def forward_tile(H: int, dtype: torch.dtype, precision: str, target: str, each: int = 1) -> Tile:
+def forward_tile(H: int, dtype: torch.dtype, how: Arithmetic, target: str, each: int = 1) -> Tile:
     """Return the tile of the forward kernels.
 
     Args:
         H: hidden size, 1 <= H <= 128.
         dtype: float32, float16 or bfloat16.
-        precision: of float32 products: "tf32", "tf32x3" or "ieee".
+        how: what `arithmetic` gives.
         target: "sm_90" and so on.
         each: programs that a multiprocessor gets; see `programs_each`.
     """
-    block = block_h(H)
-    # tf32 has float16's 10 bits of mantissa. A weight and a state need no wider range (a gate
-    # gradient does), and so the weight, 256 kB in tf32, fits the registers: 123 instructions a
-    # step instead of 611, and a tenth of the estimated clocks
-    rounds = block == 128 and dtype == torch.float32 and precision == "tf32"
-    return Tile(
-        block,
-        _sequences(target),
-        _forward_warps(block, dtype, target, each),
-        _streams(block, torch.float16 if rounds else dtype, precision, target),
-        rounds,
-    )
+    block, (operand, parts) = block_h(H), _operand(dtype, how)
+    passing = 4 * block * block * operand.itemsize
+    stream = _streams(block, operand, parts, target, passing, exchange=block)
+    warps = _forward_warps(block, parts, target, each)
+    return Tile(block, _sequences(target), warps, stream, operand, parts)
 
 
-def _forward_warps(block: int, dtype: torch.dtype, target: str, each: int) -> int:
+def _operand(dtype: torch.dtype, how: Arithmetic) -> tuple[torch.dtype, int]:
+    # float16 has tf32's 11 bits, and a weight and a state need no wider range (gate gradients do,
+    # and are scaled): half the registers, and half the matrix instructions. Two parts are 22 bits,
+    # what three products of tf32 give, without its two parts of a weight in registers
+    if dtype == torch.float32:
+        return torch.float16, 1 if how.APPROXIMATE else 2
+    return dtype, 1
+
+
+def _forward_warps(block: int, parts: int, target: str, each: int) -> int:
     # a warp holds 8 units of a block: at block 32 there are only 4 groups of 8
     if block == 32:
         return 4
     # alone on its multiprocessor a program is quicker with 8 warps (estimated clocks of a step on
     # sm_90, half precision: 421 against 481; training 464, 541): half the activations each. Two
     # share it better with 4 (617 against 502; 699, 585), three as well with either (838, 811)
-    if block == 64 and dtype != torch.float32 and target.startswith("sm_") and each > 1:
+    if block == 64 and parts == 1 and target.startswith("sm_") and each > 1:
         return 4
-    # float32 in 4 warps has no register left over for all records; block 128 does not fit 4
     return 8
 
 
-def backward_tile(H: int, dtype: torch.dtype, precision: str, target: str) -> Tile:
-    """Return the tile of the backward kernel; arguments as for `forward_tile`."""
-    block = block_h(H)
+def backward_tile(H: int, dtype: torch.dtype, how: Arithmetic, target: str) -> Tile:
+    """Return the tile of the backward kernels; arguments as for `forward_tile`."""
+    block, (operand, parts) = block_h(H), _operand(dtype, how)
+    if dtype == torch.float32 and parts == 1 and block <= 64:
+        # to scale gate gradients costs three barriers a step: here tf32, which needs no scale, is
+        # quicker (714 estimated clocks against 989 on sm_90), and its weight fits the registers
+        operand = torch.float32
+    # its two halves pass through shared memory one after the other
+    passing = 2 * block * block * operand.itemsize
+    stream = _streams(block, operand, parts, target, passing, exchange=4 * block)
     # the accumulator has one row a unit, so a warp holds 16 units: 2, 4 or 8 warps cover the block
-    # its two halves pass through shared memory one after the other; float16 as words twice the size
-    parts = 1 if dtype == torch.float16 else 2
-    streams = _streams(block, dtype, precision, target, parts)
-    return Tile(block, _sequences(target), block // 16, streams)
+    return Tile(block, _sequences(target), block // 16, stream, operand, parts)
 
 
 def block_h(H: int) -> int:
@@ -124,22 +124,30 @@ def _sequences(target: str) -> int:
     return 16 if target.startswith("gfx") else 8
 
 
-def _streams(block: int, dtype: torch.dtype, precision: str, target: str, parts: int = 1) -> bool:
-    # weight_hh passes through shared memory once on its way to registers, whole or in parts; tf32x3
-    # splits each operand in two on the way
-    copies = 2 if precision == "tf32x3" else 1
-    shared = 4 * block * block * dtype.itemsize * copies // parts
+def _streams(
+    block: int, operand: torch.dtype, parts: int, target: str, passing: int, exchange: int
+) -> bool:
+    """Return whether weight_hh does not fit on chip.
+
+    Args:
+        block: units.
+        operand: dtype of its elements.
+        parts: of an element.
+        target: as for `forward_tile`.
+        passing: bytes of it that pass through shared memory at a time, on their way to registers.
+        exchange: elements that a sequence sends through it every step.
+    """
     if target == "interpreter":
-        return dtype == torch.float32 and block == 128
+        return parts == 2 and block == 128
+    limit = SHARED_BYTES.get(target, LEAST_SHARED_BYTES)
     if target.startswith("gfx"):
         # wavefronts of 64 leave half the registers a cell, and the weight stays in shared memory
-        # beside the exchange of h
-        return 2 * shared > SHARED_BYTES.get(target, LEAST_SHARED_BYTES)
-    if dtype == torch.float32 and block == 128:
-        # 256 kB: fits no register file
-        return True
-    # besides it, h of a step passes through
-    return shared + 4096 > SHARED_BYTES.get(target, LEAST_SHARED_BYTES)
+        # beside the exchange
+        return 2 * parts * passing > limit
+    # the second part stays there
+    kept = (parts - 1) * 4 * block * block * operand.itemsize
+    exchanged = _sequences(target) * exchange * parts * operand.itemsize
+    return max(passing, kept) + exchanged > limit
 
 
 def programs_each(lengths: Tensor, P: int, target: str) -> int:

@@ -12,6 +12,7 @@ from fastsiam.kernels._backward import (
     _at_units,
     _gates,
     _load_gates,
+    _scales,
     _upstream,
     _vector_gradient,
     launch,
@@ -19,8 +20,10 @@ from fastsiam.kernels._backward import (
 from fastsiam.kernels._math import (
     _direction,
     _load_cells,
+    _load_low,
     _load_weight,
-    _product_streamed,
+    _parts,
+    _product,
     _sequences,
     _store_cells,
     _unpack,
@@ -51,7 +54,7 @@ def _siamese_bwd_kernel(
     dvectors_ptr,  # [N, P, H] gradient of the sentence vectors (HAS_DVECTORS)
     doutputs_ptr,  # [N, T, P, H] gradient of all states, by token (HAS_DOUTPUTS)
     vectors_ptr,  # [N, P, H] sentence vectors
-    weight_ptr,  # [P, 2, BLOCK_H, 2 * BLOCK_H] bits of weight_hh transposed
+    weight_ptr,  # [P, PARTS, 2, BLOCK_H, 2 * BLOCK_H] bits of weight_hh transposed
     lengths_ptr,  # [N] valid steps
     mask_ptr,  # [N, T] weights of the tokens (POOLING "mask")
     order_ptr,  # [B] pairs in the order in which programs take them (HAS_ORDER)
@@ -68,8 +71,9 @@ def _siamese_bwd_kernel(
     BLOCK_N: tl.constexpr,  # sequences of a program, a multiple of 8
     WARPS: tl.constexpr,
     STREAM: tl.constexpr,  # weight read every step
-    PRECISION: tl.constexpr,  # these three: _tiling.Arithmetic
-    WIDEN: tl.constexpr,
+    OPERAND: tl.constexpr,  # dtype of weight_hh and of gate gradients in their product
+    PARTS: tl.constexpr,  # of each, 1 or 2
+    WIDEN: tl.constexpr,  # these two: _tiling.Arithmetic
     ASSEMBLY: tl.constexpr,
     DIRECTIONS: tl.constexpr,  # P, 1 or 2: axis 1 of the grid
     POOLING: tl.constexpr,  # "last", "mask" or "max"
@@ -82,10 +86,11 @@ def _siamese_bwd_kernel(
     BLOCKS: tl.constexpr = BLOCK_H // (16 * WARPS)
     COLUMNS: tl.constexpr = BLOCK_N // 8
     DTYPE: tl.constexpr = vectors_ptr.dtype.element_ty
-    DOT_DTYPE: tl.constexpr = tl.float32 if WIDEN else DTYPE
     # elements of a unit in the records: half precision comes in words of two
     GATES: tl.constexpr = 4 if DTYPE == tl.float32 else 2
     STATES: tl.constexpr = GATES // 2
+    # a gate gradient may be smaller than all that float16 holds
+    SCALED: tl.constexpr = DTYPE == tl.float32 and OPERAND == tl.float16
     HALF: tl.constexpr = 2 * BLOCK_H * BLOCK_H
 
     seq, other, live, length, steps = _sequences(
@@ -118,7 +123,7 @@ def _siamese_bwd_kernel(
         cells_ptrs = cells_ptr + unit_apart
     dgates_ptr += rows * (4 * BLOCK_H)
     dgates_ptrs = dgates_ptr + (tl.expand_dims(unit, 7) * 4 + tl.arange(0, 4))
-    weight_ptr += direction * (2 * HALF)
+    weight_ptr += direction * (PARTS * 2 * HALF)
     doutputs_ptrs = doutputs_ptr + direction * H + unit_apart
 
     inside = unit_apart < H
@@ -140,12 +145,8 @@ def _siamese_bwd_kernel(
         HAS_DVECTORS,
     )
 
-    # rows of steps behind a sequence's end are its last row's: finite, and its gradient is 0 there
-    start = _at_units(way * last_gap).to(tl.int64)
-    gates = _load_gates(gates_ptrs, start, GATES * BLOCK_H, DTYPE)
-    states = _load_states(cells_ptrs, start, STATES * BLOCK_H, DTYPE)
     dc = tl.zeros((BLOCKS, 2, COLUMNS, 2, WARPS, 8, 4), tl.float32)
-    dh = _upstream(
+    upstream = _upstream(
         steps,
         dv,
         peak,
@@ -159,17 +160,31 @@ def _siamese_bwd_kernel(
         POOLING,
         HAS_DOUTPUTS,
     )
-    dh = _as_accumulator(dh, BLOCK_H, BLOCK_N)
+    # of scaled gate gradients the product cannot begin with what comes from outside
+    dh = tl.zeros((BLOCK_H, BLOCK_N), tl.float32)
+    dh = dh if SCALED else _as_accumulator(upstream, BLOCK_H, BLOCK_N)
+    unscale = tl.full((1, 1, COLUMNS, 2, 1, 1, 4), 1.0, tl.float32)
     dh_go = tl.zeros((BLOCK_H, BLOCK_N), tl.float32)
-    if not STREAM:
-        weight_if = _load_weight(weight_ptr, BLOCK_H, 2 * BLOCK_H, DTYPE, DOT_DTYPE, zero, True)
+    if STREAM:
+        weight_if, weight_go = weight_ptr, weight_ptr + HALF
+        low_if, low_go = weight_ptr + 2 * HALF, weight_ptr + 3 * HALF
+    else:
+        # products of 0: a use ahead of the loop keeps a weight's change of layout ahead of it
+        weight_if = _load_weight(weight_ptr, BLOCK_H, 2 * BLOCK_H, OPERAND, WIDEN, zero, True)
+        nothing = tl.zeros((2 * BLOCK_H, BLOCK_N), weight_if.dtype)
+        dh = tl.dot(weight_if, nothing, dh)
         weight_go = _load_weight(
-            weight_ptr + HALF, BLOCK_H, 2 * BLOCK_H, DTYPE, DOT_DTYPE, zero, True
+            weight_ptr + HALF, BLOCK_H, 2 * BLOCK_H, OPERAND, WIDEN, zero, True
         )
-        # of 0: a use ahead of the loop keeps the weight's change of layout ahead of it
-        nothing = tl.zeros((2 * BLOCK_H, BLOCK_N), DOT_DTYPE)
-        dh = tl.dot(weight_if, nothing, dh, input_precision=PRECISION)
-        dh_go = tl.dot(weight_go, nothing, input_precision=PRECISION)
+        dh_go = tl.dot(weight_go, nothing)
+        low_if, low_go = weight_if, weight_go
+        if PARTS == 2:
+            low_if = _load_low(weight_ptr + 2 * HALF, BLOCK_H, 2 * BLOCK_H, OPERAND, WIDEN)
+            low_go = _load_low(weight_ptr + 3 * HALF, BLOCK_H, 2 * BLOCK_H, OPERAND, WIDEN)
+    # rows of steps behind a sequence's end are its last row's: finite, and its gradient is 0 there
+    start = _at_units(way * last_gap).to(tl.int64)
+    gates = _load_gates(gates_ptrs, start, GATES * BLOCK_H, DTYPE)
+    states = _load_states(cells_ptrs, start, STATES * BLOCK_H, DTYPE)
     t = steps - 1
     gap = way * first_gap + t
     for _ in range(steps):
@@ -179,19 +194,9 @@ def _siamese_bwd_kernel(
         i, f, g, h_by_o = _gates(gates, DTYPE)
         h_by_c, c_before = _states(states, DTYPE)
         d = _as_cells(dh, BLOCKS, COLUMNS, WARPS) + _as_cells(dh_go, BLOCKS, COLUMNS, WARPS)
-        # docs/kernels.md derives these; dc is twice the gradient of the cell
-        d_c = d * h_by_c + (0.5 * dc + d)
-        do = d * h_by_o
-        e = d_c * i + d_c
-        p = e * g
-        di = p - p * i
-        dg = e - p * g
-        dc = d_c * f + d_c
-        r = dc * c_before
-        df = r - r * f
-
+        # scaled, this step's, or the next one's
         upstream = _upstream(
-            t,
+            t + 1 if SCALED else t,
             dv,
             peak,
             mask_ptr,
@@ -204,25 +209,43 @@ def _siamese_bwd_kernel(
             POOLING,
             HAS_DOUTPUTS,
         )
+        if SCALED:
+            d = d * unscale + upstream
+        # docs/kernels.md derives these; dc is twice the gradient of the cell
+        d_c = d * h_by_c + (0.5 * dc + d)
+        do = d * h_by_o
+        e = d_c * i + d_c
+        p = e * g
+        di = p - p * i
+        dg = e - p * g
+        dc = d_c * f + d_c
+        r = dc * c_before
+        df = r - r * f
 
         # two products, of half the gates each, for two chains of instructions; their sum waits for
         # the next step, as the compiler would chain them if they were added here
         d_if = tl.join(di, df).to(DTYPE)
         d_go = tl.join(dg, do).to(DTYPE)
-        rows_if = _as_operand(d_if, BLOCK_H, BLOCK_N, ASSEMBLY).to(DOT_DTYPE)
-        rows_go = _as_operand(d_go, BLOCK_H, BLOCK_N, ASSEMBLY).to(DOT_DTYPE)
-        dh = _as_accumulator(upstream, BLOCK_H, BLOCK_N)
-        if STREAM:
-            weight = weight_ptr + t * zero
-            dh = _product_streamed(
-                weight, rows_if, dh, BLOCK_H, 2 * BLOCK_H, DTYPE, DOT_DTYPE, PRECISION
+        x_if, x_go = d_if, d_go
+        if SCALED:
+            largest = tl.maximum(
+                tl.maximum(tl.abs(di), tl.abs(df)), tl.maximum(tl.abs(dg), tl.abs(do))
             )
-            dh = _product_streamed(
-                weight + HALF, rows_go, dh, BLOCK_H, 2 * BLOCK_H, DTYPE, DOT_DTYPE, PRECISION
-            )
-        else:
-            dh = tl.dot(weight_if, rows_if, dh, input_precision=PRECISION)
-            dh_go = tl.dot(weight_go, rows_go, input_precision=PRECISION)
+            scale, unscale = _scales(largest)
+            x_if *= tl.expand_dims(scale, 7)
+            x_go *= tl.expand_dims(scale, 7)
+        x_if = _as_operand(x_if, BLOCK_H, BLOCK_N, ASSEMBLY)
+        x_go = _as_operand(x_go, BLOCK_H, BLOCK_N, ASSEMBLY)
+        x_if, low_x_if = _parts(x_if, OPERAND, PARTS, WIDEN)
+        x_go, low_x_go = _parts(x_go, OPERAND, PARTS, WIDEN)
+        dh_go = tl.zeros((BLOCK_H, BLOCK_N), tl.float32)
+        dh = dh_go if SCALED else _as_accumulator(upstream, BLOCK_H, BLOCK_N)
+        dh = _product(
+            weight_if, low_if, x_if, low_x_if, dh, t * zero, OPERAND, PARTS, WIDEN, STREAM
+        )
+        dh_go = _product(
+            weight_go, low_go, x_go, low_x_go, dh_go, t * zero, OPERAND, PARTS, WIDEN, STREAM
+        )
 
         at = tl.expand_dims(_at_units(way * gap), 7).to(tl.int64) * (4 * BLOCK_H)
         da = tl.permute(tl.join(d_if, d_go), (0, 1, 2, 3, 4, 5, 6, 8, 7))

@@ -12,6 +12,7 @@ from fastsiam.kernels._backward import (
     _at_units,
     _gates,
     _load_gates,
+    _scales,
     _upstream,
     _vector_gradient,
     launch,
@@ -19,8 +20,10 @@ from fastsiam.kernels._backward import (
 from fastsiam.kernels._math import (
     _direction,
     _load_cells,
+    _load_low,
     _load_weight,
-    _product_streamed,
+    _parts,
+    _product,
     _sequences,
     _store_cells,
 )
@@ -33,8 +36,8 @@ def _siamese_gru_bwd_kernel(
     dvectors_ptr,  # [N, P, H] gradient of the sentence vectors (HAS_DVECTORS)
     doutputs_ptr,  # [N, T, P, H] gradient of all states, by token (HAS_DOUTPUTS)
     vectors_ptr,  # [N, P, H] sentence vectors
-    # bits of weight_hh transposed: r and z, then n
-    weight_ptr,  # [P, [BLOCK_H, 2 * BLOCK_H] and [BLOCK_H, BLOCK_H]]
+    # bits of weight_hh transposed: r and z, then y
+    weight_ptr,  # [P, PARTS, [BLOCK_H, 2 * BLOCK_H] and [BLOCK_H, BLOCK_H]]
     lengths_ptr,  # [N] valid steps
     mask_ptr,  # [N, T] weights of the tokens (POOLING "mask")
     order_ptr,  # [B] pairs in the order in which programs take them (HAS_ORDER)
@@ -51,8 +54,9 @@ def _siamese_gru_bwd_kernel(
     BLOCK_N: tl.constexpr,  # sequences of a program, a multiple of 8
     WARPS: tl.constexpr,
     STREAM: tl.constexpr,  # weight read every step
-    PRECISION: tl.constexpr,  # these three: _tiling.Arithmetic
-    WIDEN: tl.constexpr,
+    OPERAND: tl.constexpr,  # dtype of weight_hh and of gate gradients in their product
+    PARTS: tl.constexpr,  # of each, 1 or 2
+    WIDEN: tl.constexpr,  # these two: _tiling.Arithmetic
     ASSEMBLY: tl.constexpr,
     DIRECTIONS: tl.constexpr,  # P, 1 or 2: axis 1 of the grid
     POOLING: tl.constexpr,  # "last", "mask" or "max"
@@ -65,10 +69,11 @@ def _siamese_gru_bwd_kernel(
     BLOCKS: tl.constexpr = BLOCK_H // (16 * WARPS)
     COLUMNS: tl.constexpr = BLOCK_N // 8
     DTYPE: tl.constexpr = vectors_ptr.dtype.element_ty
-    DOT_DTYPE: tl.constexpr = tl.float32 if WIDEN else DTYPE
     # elements of a unit in the records: half precision comes in words of two
     GATES: tl.constexpr = 4 if DTYPE == tl.float32 else 2
     SQUARE: tl.constexpr = BLOCK_H * BLOCK_H
+    # a gate gradient may be smaller than all that float16 holds
+    SCALED: tl.constexpr = DTYPE == tl.float32 and OPERAND == tl.float16
 
     seq, other, live, length, steps = _sequences(
         lengths_ptr, order_ptr, B, T, COLUMNS, PAIRED, HAS_ORDER
@@ -97,7 +102,7 @@ def _siamese_gru_bwd_kernel(
     states_ptrs = states_ptr + rows * BLOCK_H + unit_apart
     dgates_ptr += rows * (4 * BLOCK_H)
     dgates_ptrs = dgates_ptr + (tl.expand_dims(unit, 7) * 4 + tl.arange(0, 4))
-    weight_ptr += direction * (3 * SQUARE)
+    weight_ptr += direction * (PARTS * 3 * SQUARE)
     doutputs_ptrs = doutputs_ptr + direction * H + unit_apart
 
     inside = unit_apart < H
@@ -119,11 +124,7 @@ def _siamese_gru_bwd_kernel(
         HAS_DVECTORS,
     )
 
-    # rows of steps behind a sequence's end are its last row's: finite, and its gradient is 0 there
-    start = _at_units(way * tl.maximum(last_gap, begin)).to(tl.int64)
-    gates = _load_gates(gates_ptrs, start, GATES * BLOCK_H, DTYPE)
-    states = _load_cells(states_ptrs + start * BLOCK_H, 7)
-    dh = _upstream(
+    upstream = _upstream(
         steps,
         dv,
         peak,
@@ -137,18 +138,33 @@ def _siamese_gru_bwd_kernel(
         POOLING,
         HAS_DOUTPUTS,
     )
-    dh = _as_accumulator(dh, BLOCK_H, BLOCK_N)
+    # of scaled gate gradients the product cannot begin with what comes from outside
+    dh = tl.zeros((BLOCK_H, BLOCK_N), tl.float32)
+    dh = dh if SCALED else _as_accumulator(upstream, BLOCK_H, BLOCK_N)
+    unscale = tl.full((1, 1, COLUMNS, 2, 1, 1, 4), 1.0, tl.float32)
     dh_y = tl.zeros((BLOCK_H, BLOCK_N), tl.float32)
-    if not STREAM:
-        weight_rz = _load_weight(weight_ptr, BLOCK_H, 2 * BLOCK_H, DTYPE, DOT_DTYPE, zero, True)
+    # what a step's gradient gives to that of the state before it, past the product
+    passed = tl.zeros((BLOCKS, 2, COLUMNS, 2, WARPS, 8, 4), tl.float32)
+    if STREAM:
+        weight_rz, weight_y = weight_ptr, weight_ptr + 2 * SQUARE
+        low_rz, low_y = weight_ptr + 3 * SQUARE, weight_ptr + 5 * SQUARE
+    else:
+        # products of 0: a use ahead of the loop keeps a weight's change of layout ahead of it
+        weight_rz = _load_weight(weight_ptr, BLOCK_H, 2 * BLOCK_H, OPERAND, WIDEN, zero, True)
+        nothing = tl.zeros((2 * BLOCK_H, BLOCK_N), weight_rz.dtype)
+        dh = tl.dot(weight_rz, nothing, dh)
         weight_y = _load_weight(
-            weight_ptr + 2 * SQUARE, BLOCK_H, BLOCK_H, DTYPE, DOT_DTYPE, zero, True
+            weight_ptr + 2 * SQUARE, BLOCK_H, BLOCK_H, OPERAND, WIDEN, zero, True
         )
-        # of 0: a use ahead of the loop keeps the weight's change of layout ahead of it
-        nothing = tl.zeros((2 * BLOCK_H, BLOCK_N), DOT_DTYPE)
-        dh = tl.dot(weight_rz, nothing, dh, input_precision=PRECISION)
-        nothing = tl.zeros((BLOCK_H, BLOCK_N), DOT_DTYPE)
-        dh_y = tl.dot(weight_y, nothing, input_precision=PRECISION)
+        dh_y = tl.dot(weight_y, tl.zeros((BLOCK_H, BLOCK_N), weight_y.dtype))
+        low_rz, low_y = weight_rz, weight_y
+        if PARTS == 2:
+            low_rz = _load_low(weight_ptr + 3 * SQUARE, BLOCK_H, 2 * BLOCK_H, OPERAND, WIDEN)
+            low_y = _load_low(weight_ptr + 5 * SQUARE, BLOCK_H, BLOCK_H, OPERAND, WIDEN)
+    # rows of steps behind a sequence's end are its last row's: finite, and its gradient is 0 there
+    start = _at_units(way * tl.maximum(last_gap, begin)).to(tl.int64)
+    gates = _load_gates(gates_ptrs, start, GATES * BLOCK_H, DTYPE)
+    states = _load_cells(states_ptrs + start * BLOCK_H, 7)
     t = steps - 1
     gap = begin + t
     for _ in range(steps):
@@ -163,10 +179,9 @@ def _siamese_gru_bwd_kernel(
         h_by_z = 0.5 * states.to(tl.float32) - n
         h_by_z = h_by_z - h_by_z * z * z
         d = _as_cells(dh, BLOCKS, COLUMNS, WARPS) + _as_cells(dh_y, BLOCKS, COLUMNS, WARPS)
-        dn = d * h_by_n
-
-        upstream = d * (0.5 * z + 0.5) + _upstream(
-            t,
+        # scaled, this step's, or the next one's
+        upstream = _upstream(
+            t + 1 if SCALED else t,
             dv,
             peak,
             mask_ptr,
@@ -179,25 +194,36 @@ def _siamese_gru_bwd_kernel(
             POOLING,
             HAS_DOUTPUTS,
         )
+        if SCALED:
+            d = d * unscale + (upstream + passed)
+        dn = d * h_by_n
+
+        passed = d * (0.5 * z + 0.5)
 
         # two products for two chains of instructions; their sum waits for the next step, as the
         # compiler would chain them if they were added here. What enters n from x has no part in it
-        d_rz = tl.join(dn * n_by_r, d * h_by_z).to(DTYPE)
+        dr = dn * n_by_r
+        dz = d * h_by_z
+        d_rz = tl.join(dr, dz).to(DTYPE)
         d_y = (dn * r + dn).to(DTYPE)
-        rows_rz = _as_operand(d_rz, BLOCK_H, BLOCK_N, ASSEMBLY).to(DOT_DTYPE)
-        rows_y = _as_accumulator(d_y, BLOCK_H, BLOCK_N).to(DOT_DTYPE)
-        dh = _as_accumulator(upstream, BLOCK_H, BLOCK_N)
-        if STREAM:
-            weight = weight_ptr + t * zero
-            dh = _product_streamed(
-                weight, rows_rz, dh, BLOCK_H, 2 * BLOCK_H, DTYPE, DOT_DTYPE, PRECISION
-            )
-            dh = _product_streamed(
-                weight + 2 * SQUARE, rows_y, dh, BLOCK_H, BLOCK_H, DTYPE, DOT_DTYPE, PRECISION
-            )
-        else:
-            dh = tl.dot(weight_rz, rows_rz, dh, input_precision=PRECISION)
-            dh_y = tl.dot(weight_y, rows_y, input_precision=PRECISION)
+        x_rz, x_y = d_rz, d_y
+        if SCALED:
+            largest = tl.maximum(tl.maximum(tl.abs(dr), tl.abs(dz)), tl.abs(d_y))
+            scale, unscale = _scales(largest)
+            x_rz *= tl.expand_dims(scale, 7)
+            x_y *= scale
+        x_rz = _as_operand(x_rz, BLOCK_H, BLOCK_N, ASSEMBLY)
+        x_y = _as_accumulator(x_y, BLOCK_H, BLOCK_N)
+        x_rz, low_x_rz = _parts(x_rz, OPERAND, PARTS, WIDEN)
+        x_y, low_x_y = _parts(x_y, OPERAND, PARTS, WIDEN)
+        dh_y = tl.zeros((BLOCK_H, BLOCK_N), tl.float32)
+        dh = dh_y if SCALED else _as_accumulator(upstream + passed, BLOCK_H, BLOCK_N)
+        dh = _product(
+            weight_rz, low_rz, x_rz, low_x_rz, dh, t * zero, OPERAND, PARTS, WIDEN, STREAM
+        )
+        dh_y = _product(
+            weight_y, low_y, x_y, low_x_y, dh_y, t * zero, OPERAND, PARTS, WIDEN, STREAM
+        )
 
         at = tl.expand_dims(_at_units(way * gap), 7).to(tl.int64) * (4 * BLOCK_H)
         d_ny = tl.join(dn.to(DTYPE), d_y)

@@ -19,9 +19,10 @@ from fastsiam.kernels._forward import (
 )
 from fastsiam.kernels._math import (
     _direction,
+    _load_low,
     _load_weight,
-    _operand_dtype,
-    _product_streamed,
+    _parts,
+    _product,
     _sequences,
     _store_cells,
     _tanh,
@@ -32,7 +33,7 @@ from fastsiam.kernels._math import (
 def _siamese_gru_fwd_kernel(
     # P is the number of directions
     table_ptr,  # [R, P, BLOCK_H, 4] input gates of a row; half precision: 2 words of two a unit
-    weight_ptr,  # [P, 4 * BLOCK_H, BLOCK_H] bits of weight_hh; see _operand_dtype
+    weight_ptr,  # [P, parts, 4 * BLOCK_H, BLOCK_H] bits of weight_hh, in two parts if float32
     ids_ptr,  # [N, T] rows of the table (HAS_IDS); else row n * T + t is the token's own
     lengths_ptr,  # [N] valid steps
     mask_ptr,  # [N, T] weights of the tokens (POOLING "mask")
@@ -56,8 +57,9 @@ def _siamese_gru_fwd_kernel(
     BLOCK_N: tl.constexpr,  # sequences of a program, a multiple of 8
     WARPS: tl.constexpr,
     STREAM: tl.constexpr,  # weight read every step
-    PRECISION: tl.constexpr,  # these four: _tiling.Arithmetic
-    APPROXIMATE: tl.constexpr,
+    OPERAND: tl.constexpr,  # dtype of weight_hh and h in their product
+    PARTS: tl.constexpr,  # of each that are used, 1 or 2
+    APPROXIMATE: tl.constexpr,  # these three: _tiling.Arithmetic
     WIDEN: tl.constexpr,
     ASSEMBLY: tl.constexpr,
     DIRECTIONS: tl.constexpr,  # P, 1 or 2: axis 1 of the grid
@@ -72,9 +74,8 @@ def _siamese_gru_fwd_kernel(
     BLOCKS: tl.constexpr = BLOCK_H // (8 * WARPS)
     COLUMNS: tl.constexpr = BLOCK_N // 8
     DTYPE: tl.constexpr = vectors_ptr.dtype.element_ty
-    OPERAND: tl.constexpr = _operand_dtype(DTYPE, weight_ptr.dtype.element_ty)
-    DOT_DTYPE: tl.constexpr = tl.float32 if WIDEN else OPERAND
     WORDS: tl.constexpr = 4 if DTYPE == tl.float32 else 2
+    WEIGHT: tl.constexpr = 4 * BLOCK_H * BLOCK_H
     ROW: tl.constexpr = DIRECTIONS * WORDS * BLOCK_H
     # where a step is short, rows go straight to the registers that the ones before them leave: it
     # saves their moves, and the time of a step is enough for them. Not beside the records' stores
@@ -103,7 +104,7 @@ def _siamese_gru_fwd_kernel(
     # stores of one value a cell would get a layout of their own if units were seen to be adjacent
     unit_apart = block * (8 * WARPS) + (within ^ zero)
     table_ptr += direction * (WORDS * BLOCK_H)
-    weight_ptr += direction * (4 * BLOCK_H * BLOCK_H)
+    weight_ptr += direction * ((2 if DTYPE == tl.float32 else 1) * WEIGHT)
     table_ptrs = table_ptr + (tl.expand_dims(unit, 6) * WORDS + tl.arange(0, WORDS))
     gates_ptrs = gates_ptr + rows * (4 * BLOCK_H) + (tl.expand_dims(unit, 6) * 4 + tl.arange(0, 4))
     states_ptrs = states_ptr + rows * BLOCK_H + unit_apart
@@ -118,10 +119,15 @@ def _siamese_gru_fwd_kernel(
     x_next = _load_rows(table_ptrs, _row_at(1, ids_ptr, first_token, way, final, R, HAS_IDS), ROW)
     row = _row_at(2, ids_ptr, first_token, way, final, R, HAS_IDS)
     a = _as_accumulator(_gate_pairs(x, DTYPE), BLOCK_H, BLOCK_N)
-    if not STREAM:
-        weight = _load_weight(weight_ptr, 4 * BLOCK_H, BLOCK_H, OPERAND, DOT_DTYPE, zero, False)
+    if STREAM:
+        weight, low = weight_ptr, weight_ptr + WEIGHT
+    else:
+        weight = _load_weight(weight_ptr, 4 * BLOCK_H, BLOCK_H, OPERAND, WIDEN, zero, False)
         # of h = 0: a use ahead of the loop keeps the weight's change of layout ahead of it
-        a = tl.dot(weight, tl.zeros((BLOCK_H, BLOCK_N), DOT_DTYPE), a, input_precision=PRECISION)
+        a = tl.dot(weight, tl.zeros((BLOCK_H, BLOCK_N), weight.dtype), a)
+        low = weight
+        if PARTS == 2:
+            low = _load_low(weight_ptr + WEIGHT, 4 * BLOCK_H, BLOCK_H, OPERAND, WIDEN)
     for t in range(steps):
         if not DIRECT:
             x_after = _load_rows(table_ptrs, row, ROW)
@@ -129,10 +135,10 @@ def _siamese_gru_fwd_kernel(
 
         # y is half of what the reset gate multiplies
         r, z, n, y = _as_gates(a, BLOCKS, COLUMNS, WARPS)
-        r = _tanh(r, APPROXIMATE)
-        z = _tanh(z, APPROXIMATE)
+        r = _tanh(r, APPROXIMATE, ASSEMBLY)
+        z = _tanh(z, APPROXIMATE, ASSEMBLY)
         # with sigmoid(x) = (1 + tanh(x / 2)) / 2; h is twice the state
-        n = _tanh(r * y + (n + y), APPROXIMATE)
+        n = _tanh(r * y + (n + y), APPROXIMATE, ASSEMBLY)
         # of use to the backward alone; further down it costs registers
         n_by_r = y - r * y * r
         h = z * (0.5 * h - n) + (0.5 * h + n)
@@ -146,20 +152,8 @@ def _siamese_gru_fwd_kernel(
         else:
             x_next = x_after
         h_rows = tl.reshape(tl.permute(h, (0, 3, 4, 1, 5, 2)), (BLOCK_H, BLOCK_N))
-        h_rows = h_rows.to(OPERAND).to(DOT_DTYPE)
-        if STREAM:
-            a = _product_streamed(
-                weight_ptr + t * zero,
-                h_rows,
-                a,
-                4 * BLOCK_H,
-                BLOCK_H,
-                OPERAND,
-                DOT_DTYPE,
-                PRECISION,
-            )
-        else:
-            a = tl.dot(weight, h_rows, a, input_precision=PRECISION)
+        h_rows, h_low = _parts(h_rows, OPERAND, PARTS, WIDEN)
+        a = _product(weight, low, h_rows, h_low, a, t * zero, OPERAND, PARTS, WIDEN, STREAM)
 
         if STORE_RECORDS:
             inside = _at_units(t <= last)

@@ -34,6 +34,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastsiam.kernels import _tiling
+from fastsiam.kernels._math import in_triton
 from fastsiam.kernels._pack import COLUMNS, WARPS, _pack_kernel
 from fastsiam.kernels.pairwise import _manhattan_pairs_kernel
 from fastsiam.kernels.siamese_bwd import _siamese_bwd_kernel
@@ -207,7 +208,7 @@ def tile_of(kernel: str, H: int, dtype: str, target: str, num_warps: int | None)
     """Return the tile that `_tiling.py` gives, or the same with another number of warps."""
     how = arithmetic(dtype, target)
     choose = _tiling.backward_tile if "_bwd" in kernel else _tiling.forward_tile
-    tile = choose(H, torch_dtype(dtype), how.PRECISION, target)
+    tile = choose(H, torch_dtype(dtype), how, target)
     if kernel == "manhattan_pairs":
         num_warps = 4
     if kernel in PACKING:
@@ -234,7 +235,7 @@ def compile_job(job: Job) -> Any:
     backward = "_bwd" in job.kernel
     types = {
         "table_ptr": words,
-        "weight_ptr": "*i16" if half or job.tile.rounds else "*i32",
+        "weight_ptr": "*i16" if job.tile.operand.itemsize == 2 else "*i32",
         "ids_ptr": "*i64",
         "lengths_ptr": "*i64",
         "order_ptr": "*i64",
@@ -257,6 +258,8 @@ def compile_job(job: Job) -> Any:
         "BLOCK_N": job.tile.sequences,
         "WARPS": job.tile.num_warps,
         "STREAM": job.tile.stream,
+        "OPERAND": in_triton(job.tile.operand),
+        "PARTS": job.tile.parts,
         **arithmetic(job.dtype, job.target)._asdict(),
         **flags,
     }
@@ -364,9 +367,7 @@ def faults(row: Row) -> list[str]:
     limit = _tiling.SHARED_BYTES[row.target]
     if row.shared_bytes > limit:
         found.append(f"{row.shared_bytes} bytes of shared memory, {limit} there")
-    fits = row.H <= 64 or not row.streamed
-    promised = row.dtype in ("bfloat16", "float16") or (row.dtype == "tf32" and fits)
-    if promised and (row.spill_bytes or row.loop_spills):
+    if row.spill_bytes or row.loop_spills:
         found.append(f"{row.spill_bytes} bytes of spilled registers")
     bound = BOUNDS.get((row.kernel, row.dtype, row.H, row.num_warps))
     if bound is not None and row.target == "sm_90":

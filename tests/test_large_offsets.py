@@ -46,7 +46,7 @@ def launch(steps):
     ids[:, :4] = torch.randint(V, (N, 4), device=DEVICE, dtype=torch.int32)
     lengths = torch.tensor([4, 2, 3], device=DEVICE)
     table, weight = _packing.prepare(x, weight_ih, weight_hh, None)
-    _, transposed = _packing.pack_backward(None, weight_hh)
+    _, transposed = _packing.pack_backward(None, weight_hh, False)
     # H, steps, pooling, paired, allow_tf32, dtype
     how = (H, steps, "last", False, False, dtype)
     _, _, vectors, _, gates, cells, states, peaks = siamese_fwd(

@@ -36,9 +36,9 @@ def test_every_bit_is_in_its_place(triton, H, D, block, cell, P, dtype):
     bias = torch.randn(P, 4 * H, device=DEVICE).to(dtype)
     factors = torch.tensor(FACTORS, device=DEVICE)
 
-    ahead = pack(weight_ih, weight_hh, bias, factors, transposed=False)
-    back = pack(weight_ih, weight_hh, None, factors, transposed=True)
-    alone = pack(None, weight_hh, None, factors, transposed=True)
+    ahead = pack(weight_ih, weight_hh, bias, factors, False, dtype, 1)
+    back = pack(weight_ih, weight_hh, None, factors, True, dtype, 1)
+    alone = pack(None, weight_hh, None, factors, True, dtype, 1)
 
     by_unit = four_gates(weight_ih, of_input, block).transpose(1, 2).reshape(P, 4 * block, D)
     assert torch.equal(ahead[0], by_unit)
@@ -53,8 +53,35 @@ def test_every_bit_is_in_its_place(triton, H, D, block, cell, P, dtype):
     first, second = torch.cat((full[:, 0], full[:, 1]), dim=1), full[:, 3]
     if cell == "lstm":
         second = torch.cat((full[:, 2], full[:, 3]), dim=1)
-    parts = [part.transpose(1, 2).reshape(P, -1) for part in (first, second)]
-    assert torch.equal(back[1].reshape(P, -1), torch.cat(parts, dim=1))
+    halves = [half.transpose(1, 2).reshape(P, -1) for half in (first, second)]
+    assert torch.equal(back[1].reshape(P, -1), torch.cat(halves, dim=1))
     assert torch.equal(alone[1], back[1])
     assert not alone[0].numel()
     assert not back[2].numel()
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["ahead", "back"])
+@pytest.mark.parametrize("rows", [4, 3], ids=["lstm", "gru"])
+def test_two_parts_of_float32(triton, rows, transposed):
+    """The first is what float16 holds of a weight, the second, 2048 times, what that leaves."""
+    from fastsiam.kernels._pack import pack
+
+    torch.manual_seed(0)
+    weight = torch.randn(2, rows * 33, 33, device=DEVICE) * torch.logspace(-6, 3, 33, device=DEVICE)
+    # float16 ends at 65504, and a weight is quartered
+    weight[:, 0, :4] = torch.tensor([3e5, -3e5, torch.inf, torch.nan], device=DEVICE)
+    factors = torch.full((4,), 0.5, device=DEVICE)
+    _, whole, _ = pack(None, weight, None, factors, transposed, torch.float32, 1)
+    _, one, _ = pack(None, weight, None, factors, transposed, torch.float16, 1)
+    _, two, _ = pack(None, weight, None, factors, transposed, torch.float16, 2)
+
+    whole, one, (high, low) = whole.squeeze(1), one.squeeze(1), two.unbind(1)
+    assert torch.equal(high.isnan(), whole.isnan())
+    assert torch.equal(high.isinf(), whole.isinf())
+    finite = whole.isfinite()
+    within = whole.clamp(-65504, 65504)[finite]
+    assert torch.equal(high[finite], within.half())
+    assert torch.equal(one[finite], high[finite])
+    assert torch.equal(low[finite], ((within - high[finite].float()) * 2048).half())
+    error = (high[finite].double() + low[finite].double() / 2048 - within.double()).abs()
+    assert (error <= 2.0**-22 * within.abs() + 2.0**-36).all()

@@ -73,8 +73,8 @@ def change_tiles(triton, monkeypatch):
     """A function that changes fields of every tile."""
     from fastsiam.kernels import _tiling
 
-    def change(**fields):
-        for name in ("forward_tile", "backward_tile"):
+    def change(names=("forward_tile", "backward_tile"), **fields):
+        for name in names:
             choose = getattr(_tiling, name)
             monkeypatch.setattr(
                 _tiling, name, lambda *args, choose=choose: choose(*args)._replace(**fields)
@@ -98,11 +98,51 @@ def test_wide_tiles(change_tiles, H):
     check(Case(B=13, H=H, T_left=5, inputs="ids, trained"), "triton")
 
 
-@pytest.mark.parametrize("fields", [{"rounds": True}, {"rounds": True, "stream": True}], ids=str)
+@pytest.mark.parametrize("fields", [{"parts": 1}, {"parts": 1, "stream": True}], ids=str)
 def test_float32_rounded_to_the_mantissa_of_tf32(change_tiles, fields):
-    """On GPUs that is how a wide layer's weight stays on chip where tf32 is allowed."""
+    """What GPUs do where tf32 is allowed."""
     change_tiles(**fields)
     check(Case(H=50, T_left=5), "triton", eps=2**-10)
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_gate_gradients_that_are_not_rounded(change_tiles, cell):
+    """GPUs with tf32 have instructions for it, which the interpreter takes for float32's."""
+    change_tiles(["backward_tile"], operand=torch.float32, parts=1)
+    check(Case(H=50, T_left=5, directions=2, cell=cell), "triton")
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_gradients_of_any_size(change_tiles, cell, parts):
+    """Products are made in float16, but its range does not show: not one bit is lost."""
+    change_tiles(parts=parts)
+    case = Case(B=5, H=33, T_left=6, call="encode", cell=cell)
+    inputs = make_inputs(case)
+    found = compute(case, inputs, "triton", case.dtype)
+    for factor in (2.0**-70, 2.0**50):
+        scaled = dataclasses.replace(inputs, upstream=inputs.upstream * factor)
+        for name, gradient in compute(case, scaled, "triton", case.dtype).items():
+            if name.startswith("d"):
+                assert gradient.any(), name
+                assert torch.equal(gradient, found[name] * factor), name
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_not_finite_gradients_and_weights_stay_so(triton, cell):
+    """What a loop looks at to skip a step must not be rounded to something finite."""
+    case = Case(B=3, H=16, T_left=4, call="encode", lengths="full", cell=cell)
+    inputs = make_inputs(case)
+    for value in (torch.inf, torch.nan):
+        upstream = inputs.upstream.clone()
+        upstream[0, 0] = value
+        broken = dataclasses.replace(inputs, upstream=upstream)
+        assert not compute(case, broken, "triton", case.dtype)["dweight_hh_l0"].isfinite().all()
+        weight = inputs.leaves["weight_hh_l0"].clone()
+        weight[0, 0] = value
+        broken = dataclasses.replace(inputs, leaves=inputs.leaves | {"weight_hh_l0": weight})
+        assert not compute(case, broken, "triton", case.dtype)["trained encode"].isfinite().all()
 
 
 def test_half_as_many_warps(change_tiles):
@@ -115,7 +155,8 @@ def test_cases_reach_every_path(triton):
     from fastsiam.kernels import _tiling
 
     target = _tiling.target_of(torch.device(DEVICE))
-    tiles = {_tiling.forward_tile(c.H, c.dtype, "ieee", target) for c in CASES}
+    hows = {case.dtype: _tiling.arithmetic(case.dtype, False, target) for case in CASES}
+    tiles = {_tiling.forward_tile(c.H, c.dtype, hows[c.dtype], target) for c in CASES}
     assert {tile.stream for tile in tiles} == {False, True}
     assert {tile.block_h for tile in tiles} == {32, 64, 128}
     sizes = {case.B for case in (CASES if DEVICE == "cpu" else CASES + LARGE)}
