@@ -29,6 +29,33 @@ from fastsiam.kernels._math import (
 )
 
 
+@triton.jit
+def _store_records(
+    i,
+    f,
+    g,
+    o,
+    c_before,
+    tanh_c,
+    h,
+    gap,
+    inside,  # whether a sequence has this step
+    gates_ptrs,
+    cells_ptrs,
+    states_ptrs,
+    BLOCK_H: tl.constexpr,
+):
+    inside = _at_units(inside)
+    # rows are addressed through 32 bits: one wide multiply-add an address
+    at = _at_units(gap).to(tl.int64)
+    values = tl.join(tl.join(i, g), tl.join(f, h - h * o))
+    values = tl.reshape(values, h.shape + (4,))
+    _store_cells(gates_ptrs + tl.expand_dims(at * (4 * BLOCK_H), 6), values, inside, 6)
+    values = tl.join(o - tanh_c * h, c_before)
+    _store_cells(cells_ptrs + tl.expand_dims(at * (2 * BLOCK_H), 6), values, inside, 6)
+    _store_cells(states_ptrs + at * BLOCK_H, h, inside, 6)
+
+
 @triton.jit(do_not_specialize=["B", "T", "R", "H", "zero"])
 def _siamese_fwd_kernel(
     # P is the number of directions
@@ -79,8 +106,9 @@ def _siamese_fwd_kernel(
     WEIGHT: tl.constexpr = 4 * BLOCK_H * BLOCK_H
     ROW: tl.constexpr = DIRECTIONS * WORDS * BLOCK_H
     # where a step is short, rows go straight to the registers that the ones before them leave: it
-    # saves their moves, and the time of a step is enough for them. Not beside the records' stores
-    DIRECT: tl.constexpr = BLOCK_H <= 64 and not STORE_RECORDS
+    # saves their moves, and the time of a step is enough for them. Not beside the records' stores,
+    # unless three products a step need those registers, and give the time
+    DIRECT: tl.constexpr = PARTS == 2 or (BLOCK_H <= 64 and not STORE_RECORDS)
 
     direction, way = _direction(DIRECTIONS)
     seq, other, live, length, steps = _sequences(
@@ -148,6 +176,23 @@ def _siamese_fwd_kernel(
         token_weights = mask_ptr + (first_token + way * t)
         v, peak = _pool(v, peak, h, t, last, token_weights, POOLING, STORE_RECORDS)
 
+        if STORE_RECORDS and PARTS == 2:
+            # before the products, which leave no register for them
+            _store_records(
+                i,
+                f,
+                g,
+                o,
+                c_before,
+                tanh_c,
+                h,
+                gap,
+                t <= last,
+                gates_ptrs,
+                cells_ptrs,
+                states_ptrs,
+                BLOCK_H,
+            )
         a = _as_accumulator(_gate_pairs(x_next, DTYPE), BLOCK_H, BLOCK_N)
         if DIRECT:
             x_next = _load_rows(table_ptrs, row, ROW)
@@ -159,15 +204,22 @@ def _siamese_fwd_kernel(
         a = _product(weight, low, h_rows, h_low, a, t * zero, OPERAND, PARTS, WIDEN, STREAM)
 
         if STORE_RECORDS:
-            inside = _at_units(t <= last)
-            # rows are addressed through 32 bits: one wide multiply-add an address
-            at = _at_units(gap).to(tl.int64)
-            values = tl.join(tl.join(i, g), tl.join(f, h - h * o))
-            values = tl.reshape(values, h.shape + (4,))
-            _store_cells(gates_ptrs + tl.expand_dims(at * (4 * BLOCK_H), 6), values, inside, 6)
-            values = tl.join(o - tanh_c * h, c_before)
-            _store_cells(cells_ptrs + tl.expand_dims(at * (2 * BLOCK_H), 6), values, inside, 6)
-            _store_cells(states_ptrs + at * BLOCK_H, h, inside, 6)
+            if PARTS == 1:
+                _store_records(
+                    i,
+                    f,
+                    g,
+                    o,
+                    c_before,
+                    tanh_c,
+                    h,
+                    gap,
+                    t <= last,
+                    gates_ptrs,
+                    cells_ptrs,
+                    states_ptrs,
+                    BLOCK_H,
+                )
             gap += way
         if STORE_OUTPUTS:
             inside = _at_units(t <= last) & (unit_apart < H)

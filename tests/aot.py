@@ -118,18 +118,18 @@ BOUNDS = {
     ("siamese_fwd", "bfloat16", 64, 8): 72,
     ("siamese_fwd", "bfloat16", 128, 8): 135,
     ("siamese_fwd", "float16", 64, 8): 72,
-    ("siamese_fwd", "tf32", 64, 4): 138,
-    ("siamese_fwd", "tf32", 64, 8): 90,
+    ("siamese_fwd", "tf32", 64, 4): 110,
+    ("siamese_fwd", "tf32", 64, 8): 70,
     ("siamese_fwd", "tf32", 128, 8): 130,
     ("siamese_fwd_train", "bfloat16", 64, 4): 175,
     ("siamese_fwd_train", "bfloat16", 64, 8): 108,
     ("siamese_fwd_train", "bfloat16", 128, 8): 190,
-    ("siamese_fwd_train", "tf32", 64, 4): 182,
-    ("siamese_fwd_train", "tf32", 64, 8): 119,
+    ("siamese_fwd_train", "tf32", 64, 4): 150,
+    ("siamese_fwd_train", "tf32", 64, 8): 98,
     ("siamese_fwd_train", "tf32", 128, 8): 170,
-    ("siamese_bwd", "bfloat16", 64, 4): 175,
+    ("siamese_bwd", "bfloat16", 64, 4): 172,
     ("siamese_bwd", "bfloat16", 128, 8): 205,
-    ("siamese_bwd", "tf32", 64, 4): 185,
+    ("siamese_bwd", "tf32", 64, 4): 175,
     ("siamese_fwd_mask", "bfloat16", 64, 8): 86,
     ("siamese_fwd_both_ways", "bfloat16", 64, 8): 78,
     ("siamese_fwd_max", "bfloat16", 64, 8): 74,
@@ -141,20 +141,34 @@ BOUNDS = {
     ("siamese_bwd_mask", "bfloat16", 64, 4): 187,
     ("siamese_bwd_both_ways", "bfloat16", 64, 4): 178,
     ("siamese_bwd_max", "bfloat16", 64, 4): 181,
-    ("siamese_bwd_outputs", "bfloat16", 64, 4): 222,
+    ("siamese_bwd_outputs", "bfloat16", 64, 4): 226,
     ("siamese_gru_fwd", "bfloat16", 64, 4): 103,
     ("siamese_gru_fwd", "bfloat16", 64, 8): 67,
     ("siamese_gru_fwd", "bfloat16", 128, 8): 135,
-    ("siamese_gru_fwd", "tf32", 64, 8): 90,
+    ("siamese_gru_fwd", "tf32", 64, 8): 66,
     ("siamese_gru_fwd_train", "bfloat16", 64, 4): 155,
     ("siamese_gru_fwd_train", "bfloat16", 64, 8): 100,
     ("siamese_gru_fwd_train", "bfloat16", 128, 8): 175,
-    ("siamese_gru_fwd_train", "tf32", 64, 8): 114,
+    ("siamese_gru_fwd_train", "tf32", 64, 8): 86,
     ("siamese_gru_bwd", "bfloat16", 64, 4): 175,
     ("siamese_gru_bwd", "bfloat16", 128, 8): 205,
     ("siamese_gru_bwd", "tf32", 64, 4): 195,
     ("manhattan_pairs", "float32", 64, 4): 165,
+    ("siamese_fwd", "float32", 64, 8): 230,
+    ("siamese_fwd", "float32", 128, 8): 490,
+    ("siamese_fwd_train", "float32", 64, 8): 258,
+    ("siamese_fwd_train", "float32", 128, 8): 540,
+    ("siamese_bwd", "tf32", 128, 8): 202,
+    ("siamese_bwd", "float32", 64, 4): 298,
+    ("siamese_bwd", "float32", 128, 8): 460,
+    ("siamese_gru_fwd_train", "tf32", 128, 8): 150,
+    ("siamese_gru_fwd_train", "float32", 128, 8): 425,
+    ("siamese_gru_bwd", "tf32", 128, 8): 182,
+    ("siamese_gru_bwd", "float32", 64, 4): 270,
+    ("siamese_gru_bwd", "float32", 128, 8): 355,
 }
+# where gate gradients are scaled for float16, their largest passes between warps
+SCALED_BARRIERS = 5
 PACKING = ("pack", "pack_transposed", "pack_gru", "pack_gru_transposed")
 VARIANTS = tuple(
     kernel for kernel in KERNELS if kernel not in (*PLAIN, *GRU, *PACKING, "manhattan_pairs")
@@ -167,10 +181,11 @@ _QUICK = {
     *itertools.product(PLAIN[1:], TARGETS, ("tf32",), (64,)),
     *itertools.product(PLAIN[1:], ("sm_86", "sm_120"), ("float16",), (128,)),
     ("siamese_fwd_train", "sm_86", "float32", 128),
-    *itertools.product(PLAIN, ("sm_90",), ("tf32",), (128,)),
+    *itertools.product(PLAIN, ("sm_90",), ("tf32", "float32"), (64, 128)),
     ("siamese_bwd", "gfx942", "float32", 64),
-    *itertools.product(GRU, ("sm_90",), ("bfloat16", "tf32"), (64,)),
-    *itertools.product(GRU, ("sm_90",), ("bfloat16",), (128,)),
+    *itertools.product(GRU, ("sm_90",), ("bfloat16", "tf32"), (64, 128)),
+    *itertools.product(GRU[1:], ("sm_90",), ("float32",), (128,)),
+    ("siamese_gru_bwd", "sm_90", "float32", 64),
     *itertools.product(GRU[1:], ("sm_86",), ("bfloat16",), (128,)),
 }
 
@@ -361,19 +376,31 @@ def jobs(quick: bool) -> list[Job]:
     ]
 
 
+def barriers_of(kernel: str, dtype: str, H: int) -> int:
+    """Return how many barriers a step may have."""
+    scaled = "_bwd" in kernel and (dtype == "float32" or (dtype == "tf32" and H > 64))
+    return SCALED_BARRIERS if scaled else 2
+
+
 def faults(row: Row) -> list[str]:
     """Return what is promised of a row and does not hold."""
     found = []
     limit = _tiling.SHARED_BYTES[row.target]
     if row.shared_bytes > limit:
         found.append(f"{row.shared_bytes} bytes of shared memory, {limit} there")
-    if row.spill_bytes or row.loop_spills:
+    # streamed on AMD, three products a step leave too few registers; elsewhere a few bytes of what
+    # the loop has no use for may wait in memory until its end
+    promised = not (row.streamed and row.target.startswith("gfx"))
+    if promised and (row.spill_bytes > 16 or row.loop_spills):
         found.append(f"{row.spill_bytes} bytes of spilled registers")
     bound = BOUNDS.get((row.kernel, row.dtype, row.H, row.num_warps))
     if bound is not None and row.target == "sm_90":
         length, barriers = row.loop_instructions, row.loop_barriers
-        if length is None or barriers is None or length > bound or barriers > 2:
-            found.append(f"{length} instructions, {barriers} barriers a step; {bound}, 2 promised")
+        most = barriers_of(row.kernel, row.dtype, row.H)
+        if length is None or barriers is None or length > bound or barriers > most:
+            found.append(
+                f"{length} instructions, {barriers} barriers a step; {bound}, {most} promised"
+            )
     return found
 
 
