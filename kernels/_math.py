@@ -12,6 +12,9 @@ import triton.language as tl
 # the last: there the axes are turned round for each load and store
 TURNED = tl.constexpr(tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 7))
 
+# of the low part of a value in two of float16: without it the low one's exponent may be too small
+LOW_SCALE = tl.constexpr(2048.0)
+
 
 @triton.jit
 def _tanh(x, APPROXIMATE: tl.constexpr, ASSEMBLY: tl.constexpr):
@@ -129,16 +132,10 @@ def in_triton(dtype: torch.dtype) -> tl.dtype:
     return found
 
 
-@triton.constexpr_function
-def _low_scale(operand):
-    # what a low part is multiplied by: float16's exponents would not reach down to it
-    return 2048.0 if operand == tl.float16 else 1.0
-
-
 @triton.jit
-def _low(x, high, OPERAND: tl.constexpr):
+def _low(x, high):
     # the second part of x: what the first, `high`, leaves of it
-    return ((x - high.to(tl.float32)) * _low_scale(OPERAND)).to(OPERAND)
+    return ((x - high.to(tl.float32)) * LOW_SCALE).to(high.dtype)
 
 
 @triton.jit
@@ -216,7 +213,7 @@ def _rows(x, PART: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, COLS: 
 def _parts(x, OPERAND: tl.constexpr, PARTS: tl.constexpr, WIDEN: tl.constexpr):
     # an operand of `_product`: x rounded, and what that leaves of it (PARTS 2)
     high = x.to(OPERAND)
-    low = _low(x, high, OPERAND) if PARTS == 2 else high
+    low = _low(x, high) if PARTS == 2 else high
     if WIDEN:
         return high.to(tl.float32), low.to(tl.float32)
     else:
@@ -245,7 +242,7 @@ def _product(
         small = tl.zeros(a.shape, tl.float32)
         small = _product_of(weight_low, x, small, OPERAND, WIDEN, STREAM)
         small = _product_of(weight, x_low, small, OPERAND, WIDEN, STREAM)
-        return a + small * (1.0 / _low_scale(OPERAND))
+        return a + small * (1.0 / LOW_SCALE)
     else:
         return _product_of(weight, x, a, OPERAND, WIDEN, STREAM)
 

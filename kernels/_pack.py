@@ -86,7 +86,7 @@ def _pack_kernel(
             tl.store(packed_hh_ptrs, hh.to(OPERAND), mask=kept)
             if PARTS == 2:
                 packed_hh_ptrs += (GATES if TRANSPOSED else 4) * SQUARE
-                low = _low(within, within.to(OPERAND), OPERAND)
+                low = _low(within, within.to(OPERAND))
                 tl.store(packed_hh_ptrs, low, mask=kept)
         if HAS_BIAS:
             bias = _scaled(bias_ptr + (direction * 4 + gate) * H + unit, unit < H, factor)
