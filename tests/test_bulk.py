@@ -478,7 +478,12 @@ def test_a_signal_leaves_the_old_file_and_no_half_one(folder, tmp_path, name, nu
     command = [sys.executable, "-m", "fastsiam", name, str(folder), "-", "--out", str(out)]
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, env=env, **pipes) as process:
+
+    def listen():
+        # a shell's background jobs ignore Ctrl-C, and so would a child of theirs
+        signal.signal(number, signal.SIG_DFL)
+
+    with subprocess.Popen(command, env=env, preexec_fn=listen, **pipes) as process:
         deadline = time.monotonic() + 60
         # it waits for the standard input with the new file begun
         while len(list(tmp_path.iterdir())) == 1 and time.monotonic() < deadline:
