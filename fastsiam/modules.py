@@ -369,7 +369,9 @@ class SiameseLSTM(_Siamese):
         recompute: keep no activations for the backward, which runs the forward again, some thousand
             sequences at a time.
         backend: "auto", "triton", "torch", "lstm" or "reference". A named one runs or raises.
-        device, dtype: of the parameters; float64, float32, float16 or bfloat16.
+        device, dtype: of the parameters; float64, float32, float16 or bfloat16. On CUDA float32 is
+            computed as nn.LSTM computes it: with 11 bits in products and activations where
+            `torch.backends.cudnn.allow_tf32` is True, which is PyTorch's default; else fully.
 
     Raises:
         ValueError: an argument out of range.
