@@ -58,18 +58,19 @@ def _direction(DIRECTIONS: tl.constexpr):
 def _sequences(
     lengths_ptr,
     order_ptr,
+    tile,
     B,
     T,
     COLUMNS: tl.constexpr,
     PAIRED: tl.constexpr,
     HAS_ORDER: tl.constexpr,
 ):
-    # the sequences of this program's columns, [columns, side, 4], and of the other side of each;
-    # whether they are there; their lengths; the longest. The sides of a pair are neighbours
+    # the sequences of a tile's columns, [columns, side, 4], and of the other side of each; whether
+    # they are there; their lengths; the longest. The sides of a pair are neighbours
     column = tl.arange(0, COLUMNS)[:, None, None]
     side = tl.arange(0, 2)[None, :, None]
     lane = tl.arange(0, 4)[None, None, :]
-    first = tl.program_id(0) * (4 * COLUMNS)
+    first = tile * (4 * COLUMNS)
     if PAIRED:
         slot = first + 4 * column + lane + 0 * side
     else:

@@ -47,6 +47,21 @@ def _states(x, DTYPE: tl.constexpr):
         return _unpack(x, DTYPE)
 
 
+@triton.jit
+def _cell_gradients(d, dc, i, f, g, h_by_o, h_by_c, c_before):
+    # docs/kernels.md derives these; dc is twice the gradient of the cell
+    d_c = d * h_by_c + (0.5 * dc + d)
+    do = d * h_by_o
+    e = d_c * i + d_c
+    p = e * g
+    di = p - p * i
+    dg = e - p * g
+    dc = d_c * f + d_c
+    r = dc * c_before
+    df = r - r * f
+    return di, df, dg, do, dc
+
+
 @triton.jit(do_not_specialize=["B", "T", "H", "zero"])
 def _siamese_bwd_kernel(
     # P is the number of directions
@@ -94,7 +109,7 @@ def _siamese_bwd_kernel(
     HALF: tl.constexpr = 2 * BLOCK_H * BLOCK_H
 
     seq, other, live, length, steps = _sequences(
-        lengths_ptr, order_ptr, B, T, COLUMNS, PAIRED, HAS_ORDER
+        lengths_ptr, order_ptr, tl.program_id(0), B, T, COLUMNS, PAIRED, HAS_ORDER
     )
     last = length - 1
     direction, way = _direction(DIRECTIONS)
@@ -211,16 +226,7 @@ def _siamese_bwd_kernel(
         )
         if SCALED:
             d = d * unscale + upstream
-        # docs/kernels.md derives these; dc is twice the gradient of the cell
-        d_c = d * h_by_c + (0.5 * dc + d)
-        do = d * h_by_o
-        e = d_c * i + d_c
-        p = e * g
-        di = p - p * i
-        dg = e - p * g
-        dc = d_c * f + d_c
-        r = dc * c_before
-        df = r - r * f
+        di, df, dg, do, dc = _cell_gradients(d, dc, i, f, g, h_by_o, h_by_c, c_before)
 
         # two products, of half the gates each, for two chains of instructions; their sum waits for
         # the next step, as the compiler would chain them if they were added here

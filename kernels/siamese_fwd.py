@@ -30,6 +30,19 @@ from fastsiam.kernels._math import (
 
 
 @triton.jit
+def _cell(i, f, g, o, c, APPROXIMATE: tl.constexpr, ASSEMBLY: tl.constexpr):
+    # tanh values of the gates; the new cell and its tanh; twice the new state
+    i = _tanh(i, APPROXIMATE, ASSEMBLY)
+    f = _tanh(f, APPROXIMATE, ASSEMBLY)
+    g = _tanh(g, APPROXIMATE, ASSEMBLY)
+    o = _tanh(o, APPROXIMATE, ASSEMBLY)
+    # with sigmoid(x) = (1 + tanh(x / 2)) / 2
+    c = 0.5 * (i * g + ((f * c + c) + g))
+    tanh_c = _tanh(c, APPROXIMATE, ASSEMBLY)
+    return i, f, g, o, c, tanh_c, o * tanh_c + tanh_c
+
+
+@triton.jit
 def _store_records(
     i,
     f,
@@ -112,7 +125,7 @@ def _siamese_fwd_kernel(
 
     direction, way = _direction(DIRECTIONS)
     seq, other, live, length, steps = _sequences(
-        lengths_ptr, order_ptr, B, T, COLUMNS, PAIRED, HAS_ORDER
+        lengths_ptr, order_ptr, tl.program_id(0), B, T, COLUMNS, PAIRED, HAS_ORDER
     )
     last = length - 1
     # a finished sequence runs on, unseen, so that no load in the loop has a mask: over what stands
@@ -164,15 +177,8 @@ def _siamese_fwd_kernel(
             row = _row_at(t + 3, ids_ptr, first_token, way, final, R, HAS_IDS)
 
         i, f, g, o = _as_gates(a, BLOCKS, COLUMNS, WARPS)
-        i = _tanh(i, APPROXIMATE, ASSEMBLY)
-        f = _tanh(f, APPROXIMATE, ASSEMBLY)
-        g = _tanh(g, APPROXIMATE, ASSEMBLY)
-        o = _tanh(o, APPROXIMATE, ASSEMBLY)
         c_before = c
-        # with sigmoid(x) = (1 + tanh(x / 2)) / 2; h is twice the state
-        c = 0.5 * (i * g + ((f * c + c) + g))
-        tanh_c = _tanh(c, APPROXIMATE, ASSEMBLY)
-        h = o * tanh_c + tanh_c
+        i, f, g, o, c, tanh_c, h = _cell(i, f, g, o, c, APPROXIMATE, ASSEMBLY)
         token_weights = mask_ptr + (first_token + way * t)
         v, peak = _pool(v, peak, h, t, last, token_weights, POOLING, STORE_RECORDS)
 

@@ -76,7 +76,7 @@ def _siamese_gru_bwd_kernel(
     SCALED: tl.constexpr = DTYPE == tl.float32 and OPERAND == tl.float16
 
     seq, other, live, length, steps = _sequences(
-        lengths_ptr, order_ptr, B, T, COLUMNS, PAIRED, HAS_ORDER
+        lengths_ptr, order_ptr, tl.program_id(0), B, T, COLUMNS, PAIRED, HAS_ORDER
     )
     last = length - 1
     direction, way = _direction(DIRECTIONS)

@@ -83,7 +83,7 @@ def _siamese_gru_fwd_kernel(
 
     direction, way = _direction(DIRECTIONS)
     seq, other, live, length, steps = _sequences(
-        lengths_ptr, order_ptr, B, T, COLUMNS, PAIRED, HAS_ORDER
+        lengths_ptr, order_ptr, tl.program_id(0), B, T, COLUMNS, PAIRED, HAS_ORDER
     )
     last = length - 1
     # a finished sequence runs on, unseen, so that no load in the loop has a mask: over what stands
