@@ -10,9 +10,10 @@ from typing import NamedTuple
 import torch
 
 from fastsiam._measured import Call, Row, nearest
+from fastsiam.kernels._tiling import NARROW
 
 BACKENDS = ("auto", "triton", "torch", "lstm", "reference")
-MAX_TRITON_HIDDEN = 128
+MAX_TRITON_HIDDEN = {"lstm": 2048, "gru": 128}
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # asked once, here: torch.compile does not look into find_spec
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -34,11 +35,13 @@ def resolve_backend(
     call: Call | None = None,
     machine: str = "",
     otherwise: str = "lstm",
+    cell: str = "lstm",
 ) -> Choice:
     """Return the backend that runs, or raise if a named one cannot.
 
     "auto" takes "triton" on CUDA where its kernels cover the call and `otherwise` for the rest on
     CUDA, "torch" elsewhere; but "lstm" where the measurement nearest to the call found it faster.
+    Of an H above 128 "triton" has to be measured to be taken.
 
     Args:
         who: the caller's name, for the message.
@@ -49,6 +52,7 @@ def resolve_backend(
         call: what is to be done; None where that is not known, and no measurement is asked then.
         machine: the name of `device` in the table of measurements.
         otherwise: "lstm", which is cuDNN there, or "torch" for work that is not an LSTM's.
+        cell: "lstm" or "gru".
 
     Raises:
         ValueError: the name is unknown, or the named backend cannot take this call.
@@ -58,7 +62,7 @@ def resolve_backend(
         raise ValueError(f"{who}: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend not in ("auto", "triton"):
         return Choice(backend, "named by the caller")
-    obstacle = _triton_obstacle(device, dtype, H)
+    obstacle = _triton_obstacle(device, dtype, H, cell)
     if backend == "triton":
         if not HAS_TRITON:
             raise ImportError(
@@ -69,12 +73,14 @@ def resolve_backend(
             raise ValueError(f"{who}: {obstacle}; pass backend='torch'")
         return Choice("triton", "named by the caller")
     choice = _by_rule(device, obstacle, otherwise)
-    if call is None or choice.backend == "lstm":
-        return choice
-    row = nearest(machine, call)
-    if row is None or row.other != choice.backend:
-        return choice
-    return _by_measurement(choice, row)
+    row = None if call is None or choice.backend == "lstm" else nearest(machine, call)
+    if row is not None and row.other == choice.backend:
+        return _by_measurement(choice, row)
+    if choice.backend == "triton" and H > NARROW:
+        return Choice(
+            otherwise, f"H is above {NARROW}, where triton is taken if measured to be faster"
+        )
+    return choice
 
 
 @functools.lru_cache(maxsize=1024)
@@ -101,10 +107,13 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _triton_obstacle(device: torch.device, dtype: torch.dtype, H: int) -> str:
+def _triton_obstacle(device: torch.device, dtype: torch.dtype, H: int, cell: str) -> str:
     """Return what keeps the kernels from this call, or an empty string."""
-    if H > MAX_TRITON_HIDDEN:
-        return f"H must be at most {MAX_TRITON_HIDDEN} for backend 'triton', got {H}"
+    if H > MAX_TRITON_HIDDEN[cell]:
+        return (
+            f"H must be at most {MAX_TRITON_HIDDEN[cell]} for backend 'triton' "
+            f"and cell '{cell}', got {H}"
+        )
     if dtype not in TRITON_DTYPES:
         return f"dtype must be float32, float16 or bfloat16 for backend 'triton', got {dtype}"
     if device.type != "cuda" and not interpreted():

@@ -76,7 +76,7 @@ def infer(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Run a layer over prepared tables: similarity, L1, vectors, hidden states."""
     if backend == "triton":
-        outputs: tuple[Tensor, Tensor, Tensor, Tensor] = _launchers(cell)[0](
+        outputs: tuple[Tensor, Tensor, Tensor, Tensor] = _launchers(cell, H)[0](
             table,
             weight,
             ids,
@@ -124,7 +124,7 @@ def run(
 
         rows, row_ids = token_rows(x, ids, lengths, steps)
         outputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-        outputs = _launchers(cell)[0](
+        outputs = _launchers(cell, H)[0](
             *_packing_of(cell).prepare(rows, weight_ih, weight_hh, bias),
             row_ids,
             lengths,
@@ -192,7 +192,7 @@ def gradients(
         packed_ih, packed_hh = packing.pack_backward(
             weight_ih if need_dx else None, weight_hh, allow_tf32
         )
-        dgates = _launchers(cell)[1](
+        dgates = _launchers(cell, weight_hh.shape[2])[1](
             dpair,
             dvectors,
             doutputs,
@@ -323,8 +323,15 @@ def _packing_of(cell: str) -> ModuleType:
     return _packing if cell == "lstm" else _packing_gru
 
 
-def _launchers(cell: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Import the kernels of a cell, forward and backward."""
+def _launchers(cell: str, H: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Import the kernels of a cell and hidden size, forward and backward."""
+    from fastsiam.kernels._tiling import NARROW
+
+    if H > NARROW:
+        from fastsiam.kernels.siamese_wide_bwd import siamese_wide_bwd
+        from fastsiam.kernels.siamese_wide_fwd import siamese_wide_fwd
+
+        return siamese_wide_fwd, siamese_wide_bwd
     if cell == "lstm":
         from fastsiam.kernels.siamese_bwd import siamese_bwd
         from fastsiam.kernels.siamese_fwd import siamese_fwd

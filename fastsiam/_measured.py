@@ -11,6 +11,8 @@ import math
 from importlib import resources
 from typing import NamedTuple
 
+from fastsiam.kernels._tiling import NARROW
+
 
 class Call(NamedTuple):
     """What a call has to do, as far as the host knows it."""
@@ -60,9 +62,9 @@ def nearest(device: str, call: Call) -> Row | None:
     # what is not the same is a power of two and some eighths away: one look-up serves many calls
     sizes = (call.H.bit_length(), call.sequences.bit_length(), call.steps.bit_length())
     known = (call.cell, call.dtype, call.training)
-    if call.filled is not None:
-        return _nearest(device, known, call.threads, sizes, max(1, round(8 * call.filled)) / 8)
-    rows = [_nearest(device, known, call.threads, sizes, filled) for filled in (1.0, 0.25)]
+    wide = call.H > NARROW
+    shares = (1.0, 0.25) if call.filled is None else (max(1, round(8 * call.filled)) / 8,)
+    rows = [_nearest(device, known, wide, call.threads, sizes, filled) for filled in shares]
     return max(filter(None, rows), key=lambda row: row.ratio, default=None)
 
 
@@ -70,11 +72,14 @@ def nearest(device: str, call: Call) -> Row | None:
 def _nearest(
     device: str,
     known: tuple[str, str, bool],
+    wide: bool,
     threads: int,
     sizes: tuple[int, int, int],
     filled: float,
 ) -> Row | None:
     rows = [row for row in table().get(device, ()) if row[:3] == known]
+    # triton has other kernels for a wide H: the others' times say nothing of them
+    rows = [row for row in rows if row.other != "triton" or (row.H > NARROW) == wide]
     if not rows:
         return None
 

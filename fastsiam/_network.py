@@ -69,14 +69,15 @@ def explain(
     weight = first_of(weights).weight_hh
     dtype, H = _computed_dtype(weight), weight.shape[1]
     if not sequences or not steps:
-        return resolve_backend(who, backend, device, dtype, H)
+        return resolve_backend(who, backend, device, dtype, H, cell=cell)
     training = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in first_of(weights)
     )
     name = str(dtype).removeprefix("torch.")
     threads = torch.get_num_threads() if device.type == "cpu" else 1
     call = Call(cell, name, training, threads, H, sequences, steps, filled)
-    return resolve_backend(who, backend, device, dtype, H, call, machine_name(device, dtype, H))
+    machine = machine_name(device, dtype, H)
+    return resolve_backend(who, backend, device, dtype, H, call, machine, cell=cell)
 
 
 def machine_name(device: torch.device, dtype: torch.dtype, H: int) -> str:
@@ -105,7 +106,7 @@ def make_network(
     layers = check_network(who, every, cell, bidirectional, pooling)
     if not 0 <= dropout < 1:
         raise ValueError(f"{who}: dropout must be at least 0 and below 1, got {dropout}")
-    choice = explain(weights, device, backend, who=who)
+    choice = explain(weights, device, backend, cell=cell, who=who)
     dtype = _computed_dtype(every[0].weight_hh)
     if prepared is not None and prepared.backend != choice.backend:
         prepared = None

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastsiam.kernels import _tiling
 from fastsiam.kernels._pack import pack
-from fastsiam.kernels._tiling import block_h
+from fastsiam.kernels._tiling import NARROW, block_h
 
 _INPUT = (0.5, 0.5, 1.0, 0.5)  # of a pre-activation, gates i, f, g, o
 _GRADIENT = (0.25, 0.25, 0.5, 0.5)  # of a stored gate gradient
@@ -35,8 +35,8 @@ def packed_shapes(
     R: int, H: int, dtype: torch.dtype, P: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the shapes of what `prepare` makes of R rows, for P directions."""
-    block, (_, parts) = block_h(H), _forward_operand(dtype)
-    return (R, P, block, _words(dtype, 4)), (P, parts, 4 * block, block)
+    block, (operand, parts) = block_h(H), _forward_operand(dtype, H)
+    return (R, P, block, _words(dtype, 4)), (P, parts, 4 * block, block * operand.itemsize // 2)
 
 
 def table_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -68,21 +68,23 @@ def prepare(
     The shapes are `packed_shapes`.
     """
     factors = _factors(of_gates, x.device, torch.float32)
+    H = weight_hh.shape[2]
     packed_ih, weight, packed_bias = pack(
-        weight_ih, weight_hh, bias, factors, False, *_forward_operand(x.dtype)
+        weight_ih, weight_hh, bias, factors, False, *_forward_operand(x.dtype, H)
     )
     columns = packed_ih.flatten(0, 1).T
     table = x @ columns if bias is None else torch.addmm(packed_bias.flatten(), x, columns)
-    shape, _ = packed_shapes(x.shape[0], weight_hh.shape[2], x.dtype, len(weight_hh))
+    shape, _ = packed_shapes(x.shape[0], H, x.dtype, len(weight_hh))
     return table.view(table_dtype(x.dtype)).view(shape), weight.view(torch.int16)
 
 
-def _forward_operand(dtype: torch.dtype) -> tuple[torch.dtype, int]:
+def _forward_operand(dtype: torch.dtype, H: int) -> tuple[torch.dtype, int]:
     """Return the dtype of the packed weight's elements and the parts of each.
 
-    Of float32 there are two whatever the precision: a kernel that wants tf32 reads the first.
+    Of float32 there are two whatever the precision, where one program has them all: a kernel that
+    wants tf32 reads the first.
     """
-    return (torch.float16, 2) if dtype == torch.float32 else (dtype, 1)
+    return (torch.float16, 2) if dtype == torch.float32 and H <= NARROW else (dtype, 1)
 
 
 def pack_backward(
@@ -92,12 +94,16 @@ def pack_backward(
     of_gates: tuple[float, ...] = _GRADIENT,
 ) -> tuple[Tensor | None, Tensor]:
     """Return weight_ih, if given, for `weight_gradients` and the bits of weight_hh transposed."""
-    target = _tiling.target_of(weight_hh.device)
-    how = _tiling.arithmetic(weight_hh.dtype, allow_tf32, target)
-    tile = _tiling.backward_tile(weight_hh.shape[2], weight_hh.dtype, how, target)
+    dtype, H = weight_hh.dtype, weight_hh.shape[2]
+    operand, parts = dtype, 1
+    if H <= NARROW:
+        target = _tiling.target_of(weight_hh.device)
+        how = _tiling.arithmetic(dtype, allow_tf32, target)
+        tile = _tiling.backward_tile(H, dtype, how, target)
+        operand, parts = tile.operand, tile.parts
     factors = _factors(of_gates, weight_hh.device, torch.float32)
-    packed_ih, weight, _ = pack(weight_ih, weight_hh, None, factors, True, tile.operand, tile.parts)
-    bits = weight.view(torch.int32 if tile.operand == torch.float32 else torch.int16)
+    packed_ih, weight, _ = pack(weight_ih, weight_hh, None, factors, True, operand, parts)
+    bits = weight.view(torch.int32 if operand == torch.float32 else torch.int16)
     return None if weight_ih is None else packed_ih, bits
 
 

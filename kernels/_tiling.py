@@ -19,6 +19,9 @@ SHARED_BYTES = {
 }
 # for a GPU that is not named above: what every supported one has
 LEAST_SHARED_BYTES = 65536
+# the hidden size up to which one program holds all units of a sequence; wider ones are in
+# _tiling_wide.py
+NARROW = 128
 
 
 def target_of(device: torch.device) -> str:
@@ -114,7 +117,10 @@ def backward_tile(H: int, dtype: torch.dtype, how: Arithmetic, target: str) -> T
 
 
 def block_h(H: int) -> int:
-    """Return the units of a program for hidden size H."""
+    """Return hidden size H with its padding: the units of a program, but where H is wide."""
+    if H > NARROW:
+        # whole slices of units, and whole pieces of an inner dimension
+        return -(-H // 64) * 64
     # the dot product's inner dimension is at least 16; below 32 the work is all latency
     return 32 if H <= 32 else 64 if H <= 64 else 128
 
@@ -158,10 +164,7 @@ def programs_each(lengths: Tensor, P: int, target: str) -> int:
         P: directions, 1 or 2.
         target: as for `forward_tile`.
     """
-    if target == "interpreter":
-        multiprocessors = 1
-    else:
-        multiprocessors = torch.cuda.get_device_properties(lengths.device).multi_processor_count
+    multiprocessors = _multiprocessors(lengths.device, target)
     return -(-lengths.shape[0] * P // (_sequences(target) * multiprocessors))
 
 
@@ -180,4 +183,23 @@ def pair_order(lengths: Tensor, B: int, target: str, P: int = 1) -> Tensor | Non
     # three fit a multiprocessor
     if programs_each(lengths, P, target) <= 3:
         return None
+    return longest_first(lengths, B)
+
+
+def longest_first(lengths: Tensor, B: int) -> Tensor:
+    """Return the pairs (sequences, where `lengths` is [B]) by length, [B], longest first."""
     return torch.argsort(lengths.view(-1, B).amax(dim=0), descending=True, stable=True)
+
+
+def product_precision(dtype: torch.dtype, allow_tf32: bool, target: str) -> str:
+    """Return what tl.dot is told of the precision of operands of `dtype`."""
+    if dtype != torch.float32 or not target.startswith("sm_"):
+        return "ieee"
+    # as right as float32 to a few bits, and ten times as quick as without matrix instructions
+    return "tf32" if allow_tf32 else "tf32x3"
+
+
+def _multiprocessors(device: torch.device, target: str) -> int:
+    if target == "interpreter":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -35,7 +35,7 @@ from triton.compiler import ASTSource
 
 from fastsiam.kernels import _tiling
 from fastsiam.kernels._math import in_triton
-from fastsiam.kernels._pack import COLUMNS, WARPS, _pack_kernel
+from fastsiam.kernels._pack import COLUMNS, UNITS, WARPS, _pack_kernel
 from fastsiam.kernels.pairwise import _manhattan_pairs_kernel
 from fastsiam.kernels.siamese_bwd import _siamese_bwd_kernel
 from fastsiam.kernels.siamese_fwd import _siamese_fwd_kernel
@@ -60,6 +60,7 @@ PACK = {
     "COLUMNS": COLUMNS,
     "GATES": 4,
     "TRANSPOSED": False,
+    "BY_UNIT": False,
     "HAS_INPUT": True,
     "HAS_BIAS": True,
 }
@@ -275,6 +276,8 @@ def compile_job(job: Job) -> Any:
         "STREAM": job.tile.stream,
         "OPERAND": in_triton(job.tile.operand),
         "PARTS": job.tile.parts,
+        "UNITS": min(job.tile.block_h, UNITS),
+        "SLICE": job.tile.block_h,
         **arithmetic(job.dtype, job.target)._asdict(),
         **flags,
     }

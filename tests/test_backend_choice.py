@@ -17,6 +17,8 @@ TRAINING = FEW._replace(training=True, ratio=0.4)
 ON_GPU = FEW._replace(other="triton", sequences=64, ratio=2.0)
 ON_GPU_LARGE = ON_GPU._replace(sequences=2048, ratio=0.9)
 ON_GPU_LARGE_SHORT = ON_GPU_LARGE._replace(filled=0.25, ratio=3.0)
+ON_GPU_WIDE = ON_GPU._replace(H=256, sequences=512, ratio=1.2)
+ON_GPU_WIDEST = ON_GPU_WIDE._replace(H=1024, ratio=0.7)
 CALL = Call(*FEW[:8])
 
 
@@ -24,7 +26,7 @@ CALL = Call(*FEW[:8])
 def measurements(monkeypatch):
     rows = {
         "cpu": [FEW, FEW_SHORT, MANY, TWO_THREADS, TRAINING],
-        GPU: [ON_GPU, ON_GPU_LARGE, ON_GPU_LARGE_SHORT],
+        GPU: [ON_GPU, ON_GPU_LARGE, ON_GPU_LARGE_SHORT, ON_GPU_WIDE, ON_GPU_WIDEST],
     }
     monkeypatch.setattr(_measured, "table", lambda: rows)
     _measured._nearest.cache_clear()
@@ -88,6 +90,28 @@ def test_auto_on_a_gpu_where_the_kernels_do_not_run():
         choice = resolve_backend("f", "auto", CUDA, dtype, H)
         assert choice.backend == "lstm"
         assert resolve_backend("f", "auto", CUDA, dtype, H, otherwise="torch").backend == "torch"
+
+
+def test_auto_on_a_gpu_above_the_narrow_hidden_sizes(triton):
+    """cuDNN, unless triton was measured to be faster: at such an H, not at a narrow one."""
+
+    def resolve_wide(H, machine, cell="lstm"):
+        call = CALL._replace(H=H, cell=cell)
+        return resolve_backend("f", "auto", CUDA, torch.float32, H, call, machine, cell=cell)
+
+    backend, reason = resolve_wide(256, machine="another GPU")
+    assert backend == "lstm"
+    assert reason.startswith("H is above 128")
+    for H in (129, 200, 256, 400):
+        backend, reason = resolve_wide(H, machine=GPU)
+        assert backend == "triton"
+        assert "nn.LSTM took 1.2 times as long as triton" in reason
+    assert resolve_wide(1024, machine=GPU).backend == "lstm"
+    assert resolve_wide(128, machine=GPU).reason.endswith(
+        "H = 64, 64 sequences of up to 64 steps, 100% filled)"
+    )
+    # the GRU's kernels end at 128
+    assert resolve_wide(200, machine=GPU, cell="gru").reason.startswith("H must be at most 128")
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference", "lstm"])

@@ -10,7 +10,7 @@ from cases import DEVICE
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from fastsiam import SiameseLSTM, functional
+from fastsiam import SiameseGRU, SiameseLSTM, functional
 
 D, H, V = 5, 6, 12
 NAMES = ["weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"]
@@ -313,7 +313,9 @@ def test_explain_on_cuda(triton):
     """What a machine with a GPU would say, asked on any."""
     small, large = make(), SiameseLSTM(D, 129)
     assert small.explain("cuda").startswith("triton: inputs are on cuda and the kernels cover")
-    assert large.explain("cuda").startswith("lstm: H must be at most 128")
+    assert large.explain("cuda").startswith("lstm: H is above 128")
+    gru = SiameseGRU(D, 129)
+    assert gru.explain("cuda").startswith("lstm: H must be at most 128")
     assert make(dtype=torch.float64).explain("cuda").startswith("lstm: dtype must be float32,")
 
 

@@ -19,12 +19,18 @@ def four_gates(weight, gates, block, times=1.0):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("P", [1, 2], ids=["one-way", "both-ways"])
-@pytest.mark.parametrize("cell", ["lstm", "gru"])
 @pytest.mark.parametrize(
-    ("H", "D", "block"), [(1, 1, 32), (32, 7, 32), (33, 65, 64), (50, 130, 64), (101, 3, 128)]
+    ("H", "D", "block", "cell"),
+    [
+        (H, D, block, cell)
+        for H, D, block in [(1, 1, 32), (32, 7, 32), (33, 65, 64), (50, 130, 64), (101, 3, 128)]
+        for cell in ("lstm", "gru")
+    ]
+    + [(129, 65, 192, "lstm"), (256, 1, 256, "lstm")],
 )
 def test_every_bit_is_in_its_place(triton, H, D, block, cell, P, dtype):
     from fastsiam.kernels._pack import pack
+    from fastsiam.kernels._tiling_wide import forward_units
 
     torch.manual_seed(H)
     # r, z, n, y: the input has no part in y, the state none in n
@@ -48,13 +54,18 @@ def test_every_bit_is_in_its_place(triton, H, D, block, cell, P, dtype):
     # the state comes twice as large
     full = weight_hh.new_zeros(P, 4, block, block)
     full[..., :H] = four_gates(weight_hh, of_state, block, times=0.5)
-    found = ahead[1].view(P, 2, block // 8, 2, 8, block).transpose(2, 3).reshape(full.shape)
-    assert torch.equal(found, full)
+    units = block if H <= 128 else forward_units()
+    found = ahead[1].view(P, -1, 2, units // 8, 2, 8, block).permute(0, 2, 4, 1, 3, 5, 6)
+    assert torch.equal(found.reshape(full.shape), full)
     first, second = torch.cat((full[:, 0], full[:, 1]), dim=1), full[:, 3]
     if cell == "lstm":
         second = torch.cat((full[:, 2], full[:, 3]), dim=1)
     halves = [half.transpose(1, 2).reshape(P, -1) for half in (first, second)]
-    assert torch.equal(back[1].reshape(P, -1), torch.cat(halves, dim=1))
+    transposed = torch.cat(halves, dim=1)
+    if H > 128:
+        # a unit's gates together, as records have them
+        transposed = full.permute(0, 3, 2, 1).reshape(P, -1)
+    assert torch.equal(back[1].reshape(P, -1), transposed)
     assert torch.equal(alone[1], back[1])
     assert not alone[0].numel()
     assert not back[2].numel()

@@ -1,0 +1,324 @@
+"""The forward of an LSTM whose units several programs share: kernels, then launcher.
+
+A program has a slice of the units, and every step waits for all slices of the step before: a launch
+a step. What a sequence carries from one to the next is in memory.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastsiam.kernels import _packing, _tiling, _tiling_wide
+from fastsiam.kernels._forward import (
+    _as_accumulator,
+    _as_gates,
+    _at_units,
+    _gate_pairs,
+    _load_rows,
+    _pool,
+    _row_at,
+)
+from fastsiam.kernels._math import (
+    _direction,
+    _load_cells_where,
+    _sequences,
+    _store_cells,
+)
+from fastsiam.kernels._wide import _as_columns, _product_with_rows
+from fastsiam.kernels.siamese_fwd import _cell, _store_records
+
+
+@triton.jit(do_not_specialize=["begin", "end", "B", "T", "R", "H", "zero"])
+def _siamese_wide_fwd_kernel(
+    # P is the number of directions, S that of slots: the columns of all tiles
+    table_ptr,  # [R, P, BLOCK_H, 4] input gates of a row; half precision: 2 words of two a unit
+    weight_ptr,  # [P, 4 * BLOCK_H, BLOCK_H] weight_hh
+    ids_ptr,  # [N, T] rows of the table (HAS_IDS); else row n * T + t is the token's own
+    lengths_ptr,  # [N] valid steps
+    mask_ptr,  # [N, T] weights of the tokens (POOLING "mask")
+    order_ptr,  # [B] pairs in the order in which tiles take them
+    pooled_ptr,  # [N, P, H] float32 out: twice the sentence vectors
+    outputs_ptr,  # [N, T, P, H] out: h by token (STORE_OUTPUTS)
+    # what the backward needs (STORE_RECORDS), see docs/kernels.md
+    gates_ptr,  # [P, N, T + 1, BLOCK_H, 4] out: tanh values i, f, g; derivative of 2h by o's gate
+    cells_ptr,  # [P, N, T + 1, BLOCK_H, 2] out: derivative of 2h by the cell, less 1; the old cell
+    states_ptr,  # [P, N, T + 1, BLOCK_H] out: 2h
+    peaks_ptr,  # [N, P, H] out: step of the maximum (POOLING "max")
+    # what a step leaves to the next
+    carried_c_ptr,  # [P, S, BLOCK_H] float32 in, out: the cell
+    carried_h_ptr,  # [2, P, S, BLOCK_H] in, out: 2h, of even steps and of odd (not STORE_RECORDS)
+    begin,  # the first step of this launch
+    end,  # the one behind its last
+    B,  # pairs; sequences where not PAIRED
+    T,
+    R,
+    H,
+    zero,  # 0
+    BLOCK_H: tl.constexpr,  # H with its padding
+    UNITS: tl.constexpr,  # of a program: axis 2 of the grid has the slices
+    BLOCK_N: tl.constexpr,  # sequences of a program, a multiple of 8: axis 0 has the tiles
+    WARPS: tl.constexpr,
+    PRECISION: tl.constexpr,  # of tl.dot
+    APPROXIMATE: tl.constexpr,  # these three: _tiling.Arithmetic
+    WIDEN: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+    DIRECTIONS: tl.constexpr,  # P, 1 or 2: axis 1 of the grid
+    POOLING: tl.constexpr,  # "last", "mask" or "max"
+    PAIRED: tl.constexpr,
+    HAS_IDS: tl.constexpr,
+    HAS_ORDER: tl.constexpr,
+    STORE_RECORDS: tl.constexpr,
+    STORE_OUTPUTS: tl.constexpr,
+):
+    BLOCKS: tl.constexpr = UNITS // (8 * WARPS)
+    COLUMNS: tl.constexpr = BLOCK_N // 8
+    DTYPE: tl.constexpr = weight_ptr.dtype.element_ty
+    WORDS: tl.constexpr = 4 if DTYPE == tl.float32 else 2
+    ROW: tl.constexpr = DIRECTIONS * WORDS * BLOCK_H
+
+    tile = tl.program_id(0)
+    direction, way = _direction(DIRECTIONS)
+    first_unit = tl.program_id(2) * UNITS
+    seq, _, live, length, steps = _sequences(
+        lengths_ptr, order_ptr, tile, B, T, COLUMNS, PAIRED, HAS_ORDER
+    )
+    end = tl.minimum(end, steps)
+    if begin >= end:
+        return
+    # tokens, gaps and rows of records as in siamese_fwd.py
+    last = length - 1
+    first_token = seq.to(tl.int64) * T + direction * tl.maximum(last, 0)
+    final = T - 1 if DIRECTIONS == 1 else tl.maximum(last, 0)
+    first_gap = seq * (T + 1) + direction * length
+    rows = direction * (2 * B if PAIRED else B).to(tl.int64) * (T + 1)
+    slots = tl.num_programs(0) * BLOCK_N
+    column = 8 * tl.arange(0, COLUMNS)[:, None, None] + 2 * tl.arange(0, 4)[None, None, :]
+    slot = direction * slots + tile * BLOCK_N + column + tl.arange(0, 2)[None, :, None]
+
+    # units of the cells, [blocks, 1, 1, warps, 8, 1]
+    block = tl.arange(0, BLOCKS)[:, None, None, None, None, None]
+    warp = tl.arange(0, WARPS)[None, None, None, :, None, None]
+    within = warp * 8 + tl.arange(0, 8)[None, None, None, None, :, None]
+    unit = first_unit + block * (8 * WARPS) + within
+    # stores of one value a cell would get a layout of their own if units were seen to be adjacent
+    unit_apart = first_unit + block * (8 * WARPS) + (within ^ zero)
+    table_ptr += direction * (WORDS * BLOCK_H)
+    weight_ptr += (direction * BLOCK_H + first_unit).to(tl.int64) * (4 * BLOCK_H)
+    table_ptrs = table_ptr + (tl.expand_dims(unit, 6) * WORDS + tl.arange(0, WORDS))
+    gates_ptrs = gates_ptr + rows * (4 * BLOCK_H) + (tl.expand_dims(unit, 6) * 4 + tl.arange(0, 4))
+    cells_ptrs = cells_ptr + rows * (2 * BLOCK_H) + (tl.expand_dims(unit, 6) * 2 + tl.arange(0, 2))
+    states_ptr += rows * BLOCK_H
+    states_ptrs = states_ptr + unit_apart
+    outputs_ptrs = outputs_ptr + direction * H + unit_apart
+    carried_c_ptrs = carried_c_ptr + (_at_units(slot).to(tl.int64) * BLOCK_H + unit_apart)
+    at_vector = (_at_units(seq).to(tl.int64) * DIRECTIONS + direction) * H + unit_apart
+    in_vector = _at_units(live) & (unit_apart < H)
+    pooled_ptrs = pooled_ptr + at_vector
+
+    began = tl.zeros((BLOCKS, COLUMNS, 2, WARPS, 8, 4), tl.int1) | (begin > 0)
+    c = _load_cells_where(carried_c_ptrs, began, 6)
+    v = c
+    peak = tl.full(c.shape, -1, tl.int32)
+    if POOLING != "last":
+        v = _load_cells_where(pooled_ptrs, began & in_vector, 6)
+        if POOLING == "max":
+            v = tl.where(began, v, -3.0)
+            if STORE_RECORDS:
+                before = _load_cells_where(peaks_ptr + at_vector, began & in_vector, 6)
+                peak = tl.where(began, before.to(tl.int32), peak)
+    for t in range(begin, end):
+        if STORE_RECORDS:
+            # the state that a step begins with stands at its first gap
+            h_ptr = states_ptr
+            h_row = first_gap + way * t
+        else:
+            h_ptr = carried_h_ptr
+            h_row = slot + (t + 1) % 2 * (DIRECTIONS * slots)
+        h_ptrs = h_ptr + _as_columns(h_row).to(tl.int64) * BLOCK_H
+        there = _as_columns((t > 0) & (t <= last))
+        a = tl.zeros((4 * UNITS, BLOCK_N), tl.float32)
+        a = _product_with_rows(weight_ptr, h_ptrs, there, t > 0, a, BLOCK_H, WIDEN, PRECISION)
+        x = _load_rows(table_ptrs, _row_at(t, ids_ptr, first_token, way, final, R, HAS_IDS), ROW)
+        a += _as_accumulator(_gate_pairs(x, DTYPE), UNITS, BLOCK_N)
+
+        i, f, g, o = _as_gates(a, BLOCKS, COLUMNS, WARPS)
+        c_before = c
+        i, f, g, o, c, tanh_c, h = _cell(i, f, g, o, c, APPROXIMATE, ASSEMBLY)
+        if POOLING == "last":
+            _store_cells(pooled_ptrs, h, _at_units(t == last) & in_vector, 6)
+        else:
+            token_weights = mask_ptr + (first_token + way * t)
+            v, peak = _pool(v, peak, h, t, last, token_weights, POOLING, STORE_RECORDS)
+        if STORE_RECORDS:
+            _store_records(
+                i,
+                f,
+                g,
+                o,
+                c_before,
+                tanh_c,
+                h,
+                first_gap + way * (t + 1),
+                t <= last,
+                gates_ptrs,
+                cells_ptrs,
+                states_ptrs,
+                BLOCK_H,
+            )
+        else:
+            at = _at_units(slot + t % 2 * (DIRECTIONS * slots)).to(tl.int64) * BLOCK_H
+            _store_cells(carried_h_ptr + (at + unit_apart), h, _at_units(t <= last), 6)
+        if STORE_OUTPUTS:
+            inside = _at_units(t <= last) & (unit_apart < H)
+            at = _at_units(first_token + way * t) * (DIRECTIONS * H)
+            _store_cells(outputs_ptrs + at, 0.5 * h, inside, 6)
+
+    everywhere = tl.full(c.shape, 1, tl.int1)
+    _store_cells(carried_c_ptrs, c, everywhere, 6)
+    if POOLING != "last":
+        _store_cells(pooled_ptrs, v, in_vector, 6)
+        if POOLING == "max" and STORE_RECORDS:
+            _store_cells(peaks_ptr + at_vector, peak, in_vector, 6)
+
+
+@triton.jit(do_not_specialize=["B", "F"])
+def _score_kernel(
+    pooled_ptr,  # [N, F] float32 twice the sentence vectors; anything of sequences without steps
+    lengths_ptr,  # [N]
+    learned_scale_ptr,  # [1] factor on L1 (HAS_LEARNED_SCALE)
+    similarity_ptr,  # [B] out: exp(-scale * L1) (PAIRED)
+    distance_ptr,  # [B] out: L1 (PAIRED)
+    vectors_ptr,  # [N, F] out: sentence vectors
+    scale,
+    B,  # pairs, N = 2B; sequences where not PAIRED
+    F,  # P * H
+    BLOCK_F: tl.constexpr,
+    PAIRED: tl.constexpr,
+    HAS_LEARNED_SCALE: tl.constexpr,
+):
+    pair = tl.program_id(0)
+    distances = tl.zeros((BLOCK_F,), tl.float32)
+    for start in range(0, F, BLOCK_F):
+        f = start + tl.arange(0, BLOCK_F)
+        left = _vector(pooled_ptr, lengths_ptr, vectors_ptr, pair, f, F)
+        if PAIRED:
+            right = _vector(pooled_ptr, lengths_ptr, vectors_ptr, pair + B, f, F)
+            distances += tl.abs(left - right)
+    if PAIRED:
+        distance = tl.sum(distances, 0)
+        if HAS_LEARNED_SCALE:
+            scale = tl.load(learned_scale_ptr).to(tl.float32)
+        tl.store(distance_ptr + pair, distance)
+        tl.store(similarity_ptr + pair, tl.exp(-scale * distance))
+
+
+@triton.jit
+def _vector(pooled_ptr, lengths_ptr, vectors_ptr, seq, f, F):
+    # load, store and return a part of a sentence vector
+    at = seq.to(tl.int64) * F + f
+    has_steps = tl.load(lengths_ptr + seq) > 0
+    v = 0.5 * tl.load(pooled_ptr + at, mask=(f < F) & has_steps, other=0.0)
+    tl.store(vectors_ptr + at, v.to(vectors_ptr.dtype.element_ty), mask=f < F)
+    return v
+
+
+def siamese_wide_fwd(
+    table: Tensor,
+    weight: Tensor,
+    ids: Tensor | None,
+    lengths: Tensor,
+    mask: Tensor | None,
+    learned_scale: Tensor | None,
+    scale: float,
+    H: int,
+    steps: int,
+    pooling: str,
+    paired: bool,
+    allow_tf32: bool,
+    dtype: torch.dtype,
+    store_records: bool,
+    store_outputs: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Run all sequences; arguments and results are those of `_forward.launch`."""
+    N, P = lengths.shape[0], table.shape[1]
+    B = N // 2 if paired else N
+    block = _tiling.block_h(H)
+    target = _tiling.target_of(table.device)
+    multiprocessors = _tiling._multiprocessors(table.device, target)
+    tile = _tiling_wide.forward_tile(N, P, H, multiprocessors)
+    tiles = triton.cdiv(N, tile.sequences)
+    vectors = table.new_empty((N, P * H), dtype=dtype)
+    # a sequence without steps is looked at by nobody
+    pooled = torch.empty_like(vectors, dtype=torch.float32)
+    similarity = pooled.new_empty(B if paired else 0)
+    distance = torch.empty_like(similarity)
+    # zero behind a sequence's end, where no step writes
+    outputs = vectors.new_zeros((N, steps, P * H) if store_outputs else 0)
+    shapes = _packing.record_shapes(N, steps, H, P) if store_records else ((0,),) * 3
+    gates, cells = (vectors.new_empty(shape) for shape in shapes[:2])
+    # read whole by the weight's gradient, so what no step writes is zero
+    states = vectors.new_zeros(shapes[2])
+    wants_peaks = store_records and pooling == "max"
+    peaks = torch.empty_like(vectors if wants_peaks else vectors[:0, 0], dtype=torch.int32)
+    results = similarity, distance, vectors, outputs, gates, cells, states, peaks
+    if N == 0:
+        return results
+    slots = tiles * tile.sequences
+    carried_c = pooled.new_empty(P, slots, block)
+    carried_h = vectors.new_empty((2, P, slots, block) if not store_records else 0)
+    order = _tiling.longest_first(lengths, B) if tiles > 1 else None
+    for t in range(steps):
+        _siamese_wide_fwd_kernel[(tiles, P, block // tile.units)](
+            table_ptr=table,
+            weight_ptr=weight.view(dtype),
+            ids_ptr=lengths if ids is None else ids,
+            lengths_ptr=lengths,
+            mask_ptr=lengths if mask is None else mask,
+            order_ptr=lengths if order is None else order,
+            pooled_ptr=pooled,
+            outputs_ptr=outputs,
+            gates_ptr=gates,
+            cells_ptr=cells,
+            states_ptr=states,
+            peaks_ptr=peaks,
+            carried_c_ptr=carried_c,
+            carried_h_ptr=carried_h,
+            begin=t,
+            end=t + 1,
+            B=B,
+            T=steps,
+            R=table.shape[0],
+            H=H,
+            zero=0,
+            BLOCK_H=block,
+            UNITS=tile.units,
+            BLOCK_N=tile.sequences,
+            WARPS=tile.num_warps,
+            PRECISION=_tiling.product_precision(dtype, allow_tf32, target),
+            DIRECTIONS=P,
+            POOLING=pooling,
+            PAIRED=paired,
+            HAS_IDS=ids is not None,
+            HAS_ORDER=order is not None,
+            STORE_RECORDS=store_records,
+            STORE_OUTPUTS=store_outputs,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+            **_tiling.arithmetic(dtype, allow_tf32, target)._asdict(),
+        )
+    _score_kernel[(B,)](
+        pooled_ptr=pooled,
+        lengths_ptr=lengths if steps else torch.zeros_like(lengths),
+        learned_scale_ptr=similarity if learned_scale is None else learned_scale,
+        similarity_ptr=similarity,
+        distance_ptr=distance,
+        vectors_ptr=vectors,
+        scale=scale,
+        B=B,
+        F=P * H,
+        BLOCK_F=512,
+        PAIRED=paired,
+        HAS_LEARNED_SCALE=learned_scale is not None,
+    )
+    return results

@@ -1,0 +1,103 @@
+"""Hidden sizes above 128, whose units several programs share: against the definition in float64."""
+
+import pytest
+import torch
+from cases import DEVICE, Case, compute, make_inputs
+from test_siamese_lstm import check
+from torch.library import opcheck
+
+from fastsiam import SiameseLSTM, _layer, _ops
+
+# between them every option of the kernels: some thousand units and few tokens are quick enough
+ODD = [
+    Case(B=2, T_left=3, T_right=1, H=129, learned_scale=True),
+    Case(B=3, T_left=1, T_right=2, H=160, dtype=torch.float16, pooling="max", inputs="ids"),
+    Case(B=1, T_left=2, T_right=1, H=257, dtype=torch.bfloat16, inputs="ids", lengths="full"),
+    Case(B=17, T_left=2, T_right=2, H=200, inputs="ids", pooling="mask", call="log_similarity"),
+    Case(B=4, T_left=3, T_right=1, H=130, inputs="ids, trained", directions=2, pooling="max"),
+    Case(B=3, T_left=2, T_right=1, H=140, layers=2, dtype=torch.float16, call="encode"),
+    Case(B=2, T_left=2, T_right=1, H=150, lengths="zeros", call="encode"),
+]
+LARGE = [
+    Case(B=257, T_left=40, T_right=31, D=31, H=256, dtype=torch.bfloat16, inputs="ids, trained"),
+    Case(B=64, T_left=31, T_right=40, D=300, H=512, directions=2, pooling="max"),
+    Case(B=33, T_left=17, T_right=9, D=31, H=1024, dtype=torch.float16, layers=2, pooling="mask"),
+    Case(B=5, T_left=9, T_right=3, D=7, H=2048, call="log_similarity", learned_scale=True),
+]
+
+
+@pytest.mark.parametrize("case", ODD, ids=str)
+def test_value_and_gradient(triton, case):
+    check(case, "triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", LARGE, ids=str)
+def test_large(triton, case):
+    check(case, "triton")
+
+
+@pytest.mark.gpu
+def test_tf32(triton, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    # of tf32's 10 bits of mantissa
+    check(Case(B=17, T_left=7, T_right=9, H=200, inputs="ids"), "triton", eps=2**-10)
+
+
+@pytest.mark.gpu
+def test_sanitize(triton):
+    """For compute-sanitizer: ids of no row behind the ends, records packed, groups by length."""
+    check(Case(B=33, T_left=4, T_right=3, H=130, inputs="ids, trained"), "triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_operators(triton, dtype):
+    """What the compiler is told of shapes and dtypes is what comes."""
+    torch.manual_seed(0)
+    H, steps = 129, 1
+    x, weight_ih, weight_hh = (
+        torch.randn(*shape, device=DEVICE, dtype=dtype)
+        for shape in ((4, 3), (1, 4 * H, 3), (1, 4 * H, H))
+    )
+    weights = weight_ih, weight_hh, None
+    opcheck(_ops.siamese_prepare, (x, *weights, "lstm", "triton"), test_utils="test_faketensor")
+    lengths = torch.tensor([1, 0, 1, 1], device=DEVICE)
+    rest = (None, 1.0, steps, "max", True, True, False, False, "lstm", "triton")
+    args = (x, None, lengths, None, *weights, *rest)
+    opcheck(_ops.siamese_fwd, args, test_utils="test_faketensor")
+
+
+def test_gradients_of_any_size(triton):
+    """Twice the gradient from outside gives twice every gradient, bit for bit, however small."""
+    case = Case(B=2, H=129, T_left=3, call="encode")
+    inputs = make_inputs(case)
+    found = compute(case, inputs, "triton", case.dtype)
+    inputs.upstream.mul_(2.0**-70)
+    for name, gradient in compute(case, inputs, "triton", case.dtype).items():
+        if name.startswith("d"):
+            assert gradient.any(), name
+            assert torch.equal(gradient, found[name] * 2.0**-70), name
+
+
+def test_bits_do_not_depend_on_batch_or_order(triton):
+    """A pair beside others, in tiles sorted by length, is what it is alone, or swapped."""
+    torch.manual_seed(0)
+    m = SiameseLSTM(5, 129, embedding=torch.randn(9, 5), backend="triton", device=DEVICE)
+    left, right = torch.randint(9, (2, 20, 3), device=DEVICE)
+    left_lengths, right_lengths = torch.randint(4, (2, 20), device=DEVICE)
+    with torch.no_grad():
+        together = m(left, right, left_lengths, right_lengths)
+        some = slice(11, 13)
+        alone = m(right[some], left[some], right_lengths[some], left_lengths[some])
+        assert torch.equal(m(left[:2], left[:2]), torch.ones(2, device=DEVICE))
+    assert torch.equal(alone, together[some])
+
+
+def test_shapes_of_the_largest_batch():
+    """Rows of records are counted in 32 bits, elements in 64."""
+    pairs, steps, H = 16384, 4096, 2048
+    shapes, _ = _layer.saved_shapes(
+        2 * pairs, steps, H, 2, torch.bfloat16, "lstm", backend="triton"
+    )
+    assert all(torch.Size(shape).numel() > 2**31 for shape in shapes)
+    assert 2 * 2 * pairs * (steps + 1) < 2**31
