@@ -2,47 +2,133 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from fastsiam.kernels._tiling import block_h
+import torch
+
+from fastsiam.kernels._tiling import LEAST_SHARED_BYTES, SHARED_BYTES, block_h
 
 
 class WideTile(NamedTuple):
-    """What a wide kernel is compiled for."""
+    """What a wide kernel is compiled for, and how it is launched."""
 
     units: int  # of a program: a slice of them
-    sequences: int  # of a program, two a pair
+    sequences: int  # of a tile, two a pair
+    block_k: int  # of a product's inner dimension at a time
+    resident: bool  # whether the weight stays on chip, and all steps are one launch
+    groups: int  # tiles that run at once
     num_warps: int
-    num_stages: int  # pieces of the product's operands that are on their way at once
+    num_stages: int  # pieces of a product's operands that are on their way at once
+
+    def launches(self, steps: int) -> Sequence[tuple[int, int]]:
+        """Return the first step of each launch, and the one behind its last."""
+        return [(0, steps)] if self.resident else [(t, t + 1) for t in range(steps)]
 
 
 def forward_units() -> int:
-    """Return the units of a program of the forward, a power of two."""
-    # their gates are the 128 rows of two matrix instructions of Hopper's
+    """Return the units of a program of the forward."""
+    # their gates are 128 rows of the weight, 32 of each of 4 warps: fewer, and the gates of a unit
+    # would not meet in one thread; more fit the registers with fewer sequences only
     return 32
 
 
-def forward_tile(sequences: int, P: int, H: int, multiprocessors: int) -> WideTile:
+def backward_units() -> int:
+    """Return the units of a program of the backward."""
+    # a row each: the 64 rows of Hopper's matrix instruction, 16 of each of 4 warps
+    return 64
+
+
+# bytes of a slice of the weight that stays on chip, and of what its product takes of each step, on
+# the way to which they pass through registers; with more the compiler spills
+_ON_CHIP = {"sm_90": (131072, 32768), "sm_100": (131072, 16384)}
+_ON_CHIP_ELSEWHERE = (65536, 8192)
+# tiles that a group of programs may run one after another in one launch: by estimate a launch a
+# step takes about as long for all tiles
+_ROUNDS = 2
+
+
+def forward_tile(
+    N: int, P: int, H: int, dtype: torch.dtype, precision: str, target: str, multiprocessors: int
+) -> WideTile:
     """Return the tile of the forward kernel.
 
     Args:
-        sequences: of the batch.
+        N: sequences.
         P: directions, 1 or 2.
         H: hidden size, above 128.
+        dtype: float32, float16 or bfloat16.
+        precision: what `_tiling.product_precision` gives.
+        target: see `_tiling.forward_tile`.
         multiprocessors: of the device.
     """
-    units = forward_units()
-    return WideTile(units, _columns(sequences, P * block_h(H) // units, multiprocessors), 4, 3)
+    block, units = block_h(H), forward_units()
+    programs = P * block // units
+    resident = _resident(
+        N, programs, units, 4 * units, block, dtype, precision, target, multiprocessors
+    )
+    return resident or _step_by_step(N, programs, units, dtype, multiprocessors)
 
 
-def backward_tile(sequences: int, P: int, H: int, multiprocessors: int) -> WideTile:
+def backward_tile(
+    N: int, P: int, H: int, dtype: torch.dtype, precision: str, target: str, multiprocessors: int
+) -> WideTile:
     """Return the tile of the backward kernel; arguments as for `forward_tile`."""
-    # of their 4 gates each a program needs one row: the 64 rows of a matrix instruction
-    units = 64
-    return WideTile(units, _columns(sequences, P * block_h(H) // units, multiprocessors), 4, 3)
+    block, units = block_h(H), backward_units()
+    programs = P * block // units
+    resident = _resident(
+        N, programs, units, units, 4 * block, dtype, precision, target, multiprocessors
+    )
+    return resident or _step_by_step(N, programs, units, dtype, multiprocessors)
 
 
-def _columns(sequences: int, slices: int, multiprocessors: int) -> int:
+def _resident(
+    N: int,
+    programs: int,
+    units: int,
+    rows: int,
+    inner: int,
+    dtype: torch.dtype,
+    precision: str,
+    target: str,
+    multiprocessors: int,
+) -> WideTile | None:
+    """Return the tile with which the weight stays on chip; None where it does not, or should not.
+
+    Args:
+        N: sequences.
+        programs: that share a tile, both directions.
+        units: of a program.
+        rows: of its slice of the weight.
+        inner: columns of that.
+        dtype, precision, target, multiprocessors: as for `forward_tile`.
+    """
+    # AMD's multiprocessors lack the space; interpreted, a program that waits would wait for ever.
+    # Three products of tf32 want each slice twice
+    if not target.startswith("sm_") or precision == "tf32x3":
+        return None
+    block_k = 1 << (inner - 1).bit_length()
+    largest_slice, largest_step = _ON_CHIP.get(target, _ON_CHIP_ELSEWHERE)
+    slice_bytes = rows * block_k * dtype.itemsize
+    # all programs of a group have to run at once, a multiprocessor each
+    groups = multiprocessors // programs
+    for columns in (16, 32):
+        step_bytes = columns * block_k * dtype.itemsize
+        if slice_bytes > largest_slice or step_bytes > largest_step:
+            return None
+        if slice_bytes + step_bytes + 1024 > SHARED_BYTES.get(target, LEAST_SHARED_BYTES):
+            return None
+        # with fewer columns a step is shorter
+        if -(-N // columns) <= groups * (1 if columns == 16 else _ROUNDS):
+            return WideTile(units, columns, block_k, True, groups, 4, 1)
+    return None
+
+
+def _step_by_step(
+    N: int, programs: int, units: int, dtype: torch.dtype, multiprocessors: int
+) -> WideTile:
+    """Return the tile of a launch a step; arguments as for `_resident`."""
     # more columns share what is read of the weight (64 do not fit the registers), fewer leave no
     # multiprocessor idle; no matrix instruction of AMD's has less than 16
-    return 32 if -(-sequences // 32) * slices >= multiprocessors else 16
+    columns = 32 if -(-N // 32) * programs >= multiprocessors else 16
+    return WideTile(units, columns, 128 // dtype.itemsize, False, -(-N // columns), 4, 3)

@@ -1,4 +1,4 @@
-"""What the wide kernels share: the product of a slice of the weight with rows of memory."""
+"""What the wide kernels share: the product with a slice of the weight, and waiting for others."""
 
 import triton
 import triton.language as tl
@@ -11,25 +11,66 @@ def _as_columns(x):
 
 
 @triton.jit
-def _product_with_rows(
+def _load_slice(
     weight_ptr,  # [M, K]
+    M: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    # a slice of the weight, [M, BLOCK_K], to stay on chip; columns behind the K are 0
+    k = tl.arange(0, BLOCK_K)[None, :]
+    weight_ptrs = weight_ptr + (tl.arange(0, M)[:, None] * K + k)
+    weight = tl.load(weight_ptrs, mask=k < K if BLOCK_K > K else None)
+    return weight.to(tl.float32) if WIDEN else weight
+
+
+@triton.jit
+def _product_with_rows(
+    weight,  # a pointer to [M, K]; where RESIDENT what `_load_slice` gives
     x_ptrs,  # [1, N] where the K values of a column begin
     there,  # [1, N] whether they are there; else they are 0
-    any_there,  # whether one of them may be
-    a,  # [M, N] float32
+    stop,  # K, or 0 where none is
+    M: tl.constexpr,
     K: tl.constexpr,
+    BLOCK_K: tl.constexpr,  # of them at a time; all, where RESIDENT
+    RESIDENT: tl.constexpr,
     WIDEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # a + weight @ x, in pieces of 128 bytes a row
-    BLOCK_K: tl.constexpr = 1024 // weight_ptr.dtype.element_ty.primitive_bitwidth
+    # weight @ x, [M, N] float32
     k = tl.arange(0, BLOCK_K)
-    weight_ptrs = weight_ptr + (tl.arange(0, a.shape[0])[:, None] * K + k[None, :])
     x_ptrs += k[:, None]
-    for start in range(0, tl.where(any_there, K, 0), BLOCK_K):
-        weight = tl.load(weight_ptrs + start)
-        x = tl.load(x_ptrs + start, mask=there, other=0.0)
-        if WIDEN:
-            weight, x = weight.to(tl.float32), x.to(tl.float32)
-        a = tl.dot(weight, x, a, input_precision=PRECISION)
-    return a
+    a = tl.zeros((M, there.shape[1]), tl.float32)
+    if RESIDENT:
+        if BLOCK_K > K:
+            there = there & (k < K)[:, None]
+        # past the multiprocessor's own cache, which does not see what others write
+        x = tl.load(x_ptrs, mask=there, other=0.0, cache_modifier=".cg")
+        x = x.to(tl.float32) if WIDEN else x
+        return tl.dot(weight, x, a, input_precision=PRECISION)
+    else:
+        weight_ptrs = weight + (tl.arange(0, M)[:, None] * K + k[None, :])
+        for start in range(0, stop, BLOCK_K):
+            piece = tl.load(weight_ptrs + start)
+            x = tl.load(x_ptrs + start, mask=there, other=0.0)
+            if WIDEN:
+                piece, x = piece.to(tl.float32), x.to(tl.float32)
+            a = tl.dot(piece, x, a, input_precision=PRECISION)
+        return a
+
+
+@triton.jit
+def _arrive(arrived_ptr):
+    # say that this program's part of a step is in memory: all of its threads' stores, and then one
+    # thread's addition, which nobody sees before them
+    tl.debug_barrier()
+    tl.atomic_add(arrived_ptr, 1, sem="release", scope="gpu")
+
+
+@triton.jit
+def _wait(arrived_ptr, count):
+    # until so many parts are. One thread asks, and the barrier holds the others
+    while tl.atomic_add(arrived_ptr, 0, sem="acquire", scope="gpu") < count:
+        pass
+    tl.debug_barrier()

@@ -43,7 +43,7 @@ def _cell(i, f, g, o, c, APPROXIMATE: tl.constexpr, ASSEMBLY: tl.constexpr):
 
 
 @triton.jit
-def _store_records(
+def _store_gates(
     i,
     f,
     g,
@@ -55,7 +55,6 @@ def _store_records(
     inside,  # whether a sequence has this step
     gates_ptrs,
     cells_ptrs,
-    states_ptrs,
     BLOCK_H: tl.constexpr,
 ):
     inside = _at_units(inside)
@@ -66,7 +65,32 @@ def _store_records(
     _store_cells(gates_ptrs + tl.expand_dims(at * (4 * BLOCK_H), 6), values, inside, 6)
     values = tl.join(o - tanh_c * h, c_before)
     _store_cells(cells_ptrs + tl.expand_dims(at * (2 * BLOCK_H), 6), values, inside, 6)
-    _store_cells(states_ptrs + at * BLOCK_H, h, inside, 6)
+
+
+@triton.jit
+def _store_state(h, row, inside, states_ptrs, BLOCK_H: tl.constexpr):
+    at = _at_units(row).to(tl.int64) * BLOCK_H
+    _store_cells(states_ptrs + at, h, _at_units(inside), 6)
+
+
+@triton.jit
+def _store_records(
+    i,
+    f,
+    g,
+    o,
+    c_before,
+    tanh_c,
+    h,
+    gap,
+    inside,
+    gates_ptrs,
+    cells_ptrs,
+    states_ptrs,
+    BLOCK_H: tl.constexpr,
+):
+    _store_gates(i, f, g, o, c_before, tanh_c, h, gap, inside, gates_ptrs, cells_ptrs, BLOCK_H)
+    _store_state(h, gap, inside, states_ptrs, BLOCK_H)
 
 
 @triton.jit(do_not_specialize=["B", "T", "R", "H", "zero"])

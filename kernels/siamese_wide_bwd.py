@@ -1,6 +1,6 @@
 """The way back through time where several programs share the units: kernel, then launcher.
 
-As in `siamese_wide_fwd.py` a program has a slice of the units, and a step is a launch.
+As in `siamese_wide_fwd.py` a program has a slice of the units, and a step is a launch or waits.
 """
 
 import torch
@@ -18,11 +18,17 @@ from fastsiam.kernels._backward import (
     _vector_gradient,
 )
 from fastsiam.kernels._math import _direction, _load_cells_where, _sequences, _store_cells
-from fastsiam.kernels._wide import _as_columns, _product_with_rows
+from fastsiam.kernels._wide import (
+    _arrive,
+    _as_columns,
+    _load_slice,
+    _product_with_rows,
+    _wait,
+)
 from fastsiam.kernels.siamese_bwd import _cell_gradients, _load_states, _states
 
 
-@triton.jit(do_not_specialize=["begin", "end", "B", "T", "H", "zero"])
+@triton.jit(do_not_specialize=["begin", "end", "tiles", "B", "T", "H", "zero"])
 def _siamese_wide_bwd_kernel(
     # P is the number of directions, S that of slots: the columns of all tiles
     dpair_ptr,  # [B] float32 gradient of the L1 of a pair (HAS_DPAIR)
@@ -38,16 +44,20 @@ def _siamese_wide_bwd_kernel(
     cells_ptr,  # [P, N, T + 1, BLOCK_H, 2]
     peaks_ptr,  # [N, P, H] step of the maximum (POOLING "max")
     dgates_ptr,  # [P, N, T + 1, BLOCK_H, 4] in, out: gate gradients
-    carried_dc_ptr,  # [P, S, BLOCK_H] float32 in, out: twice the gradient of the cell
-    begin,  # the first step of this launch, which is its last one back through time
-    end,  # the one behind its last
+    carried_dc_ptr,  # [P, S, BLOCK_H] float32 in, out: twice the cell's gradient (not RESIDENT)
+    arrived_ptr,  # [tiles, P] in, out: parts of steps that are done, 0 at first (RESIDENT)
+    begin,  # the step at which this launch ends its way back; 0 where RESIDENT
+    end,  # the one behind that at which it begins; T where RESIDENT
+    tiles,
     B,  # pairs; sequences where not PAIRED
     T,
     H,
     zero,  # 0
     BLOCK_H: tl.constexpr,  # H with its padding
     UNITS: tl.constexpr,  # of a program: axis 2 of the grid has the slices
-    BLOCK_N: tl.constexpr,  # sequences of a program, a multiple of 8: axis 0 has the tiles
+    BLOCK_N: tl.constexpr,  # sequences of a tile, a multiple of 8: axis 0 shares out the tiles
+    BLOCK_K: tl.constexpr,  # gates of a product at a time; all of them, where RESIDENT
+    RESIDENT: tl.constexpr,
     WARPS: tl.constexpr,
     PRECISION: tl.constexpr,  # of tl.dot
     WIDEN: tl.constexpr,  # of _tiling.Arithmetic
@@ -65,26 +75,11 @@ def _siamese_wide_bwd_kernel(
     # elements of a unit in the records: half precision comes in words of two
     GATES: tl.constexpr = 4 if DTYPE == tl.float32 else 2
     STATES: tl.constexpr = GATES // 2
+    SLICES: tl.constexpr = BLOCK_H // UNITS
 
-    tile = tl.program_id(0)
     direction, way = _direction(DIRECTIONS)
     first_unit = tl.program_id(2) * UNITS
-    seq, other, live, length, steps = _sequences(
-        lengths_ptr, order_ptr, tile, B, T, COLUMNS, PAIRED, HAS_ORDER
-    )
-    behind = tl.minimum(end, steps)
-    if begin >= behind:
-        return
-    # tokens, gaps and rows of records as in siamese_bwd.py
-    last = length - 1
-    first_gap = seq * (T + 1) + direction * length
-    last_gap = way * first_gap + last
-    first_token = seq.to(tl.int64) * T + direction * last
     rows = direction * (2 * B if PAIRED else B).to(tl.int64) * (T + 1)
-    slots = tl.num_programs(0) * BLOCK_N
-    column = 8 * tl.arange(0, COLUMNS)[:, None, None] + 2 * tl.arange(0, 4)[None, None, :]
-    slot = direction * slots + tile * BLOCK_N + column + tl.arange(0, 2)[None, :, None]
-
     # units of the cells, [blocks, half, 1, 1, warps, 8, 1]
     block = tl.arange(0, BLOCKS)[:, None, None, None, None, None, None]
     half = tl.arange(0, 2)[None, :, None, None, None, None, None]
@@ -93,6 +88,7 @@ def _siamese_wide_bwd_kernel(
     unit = first_unit + block * (16 * WARPS) + half * 8 + within
     # loads of one value a cell would get a layout of their own if units were seen to be adjacent
     unit_apart = first_unit + block * (16 * WARPS) + half * 8 + (within ^ zero)
+    inside = unit_apart < H
     # of the gap where a step began, what stands where it ended
     gates_ptr += (rows + way) * (GATES * BLOCK_H)
     cells_ptr += (rows + way) * (STATES * BLOCK_H)
@@ -103,78 +99,108 @@ def _siamese_wide_bwd_kernel(
         cells_ptrs = cells_ptr + unit_apart
     dgates_ptr += rows * (4 * BLOCK_H)
     dgates_ptrs = dgates_ptr + (tl.expand_dims(unit, 7) * 4 + tl.arange(0, 4))
-    weight_ptr += (direction * BLOCK_H + first_unit).to(tl.int64) * (4 * BLOCK_H)
     doutputs_ptrs = doutputs_ptr + direction * H + unit_apart
-    carried_dc_ptrs = carried_dc_ptr + (_at_units(slot).to(tl.int64) * BLOCK_H + unit_apart)
+    weight = weight_ptr + (direction * BLOCK_H + first_unit).to(tl.int64) * (4 * BLOCK_H)
+    if RESIDENT:
+        weight = _load_slice(weight, UNITS, 4 * BLOCK_H, BLOCK_K, WIDEN)
 
-    inside = unit_apart < H
-    # of the last states, those of other launches are not loaded
-    reached = live & (last >= begin) & (last < behind) if POOLING == "last" else live
-    dv, peak = _vector_gradient(
-        dpair_ptr,
-        dvectors_ptr,
-        vectors_ptr,
-        peaks_ptr,
-        seq,
-        other,
-        reached,
-        direction,
-        unit_apart,
-        inside,
-        H,
-        DIRECTIONS,
-        POOLING,
-        HAS_DPAIR,
-        HAS_DVECTORS,
-    )
-    began = tl.zeros((BLOCKS, 2, COLUMNS, 2, WARPS, 8, 4), tl.int1) | (behind < steps)
-    dc = _load_cells_where(carried_dc_ptrs, began, 7)
-    for back in range(begin, behind):
-        t = behind - 1 - (back - begin)
-        gap = way * first_gap + t
-        # the gate gradients of the step after, at the gap where it began
-        after_ptrs = dgates_ptr + _as_columns(way * (gap + 1)).to(tl.int64) * (4 * BLOCK_H)
-        dh = _product_with_rows(
-            weight_ptr,
-            after_ptrs,
-            _as_columns(t < last),
-            t + 1 < steps,
-            tl.zeros((UNITS, BLOCK_N), tl.float32),
-            4 * BLOCK_H,
-            WIDEN,
-            PRECISION,
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        # sequences, tokens, gaps and rows of records as in siamese_bwd.py
+        seq, other, live, length, steps = _sequences(
+            lengths_ptr, order_ptr, tile, B, T, COLUMNS, PAIRED, HAS_ORDER
         )
-        upstream = _upstream(
-            t + 1,
-            dv,
-            peak,
-            mask_ptr,
-            doutputs_ptrs,
-            first_token,
-            way,
-            length,
-            DIRECTIONS * H,
+        last = length - 1
+        first_gap = seq * (T + 1) + direction * length
+        last_gap = way * first_gap + last
+        first_token = seq.to(tl.int64) * T + direction * last
+        column = 8 * tl.arange(0, COLUMNS)[:, None, None] + 2 * tl.arange(0, 4)[None, None, :]
+        slot = (direction * tiles + tile) * BLOCK_N + column + tl.arange(0, 2)[None, :, None]
+        carried_dc_ptrs = carried_dc_ptr + (_at_units(slot).to(tl.int64) * BLOCK_H + unit_apart)
+        arrived_ptr_of_tile = arrived_ptr + (tile * DIRECTIONS + direction)
+
+        behind = tl.minimum(end, steps)
+        # what reaches last states of other launches' steps is not loaded
+        reached = live & (begin < behind)
+        if POOLING == "last":
+            reached = reached & (last >= begin) & (last < behind)
+        dv, peak = _vector_gradient(
+            dpair_ptr,
+            dvectors_ptr,
+            vectors_ptr,
+            peaks_ptr,
+            seq,
+            other,
+            reached,
+            direction,
+            unit_apart,
             inside,
+            H,
+            DIRECTIONS,
             POOLING,
-            HAS_DOUTPUTS,
+            HAS_DPAIR,
+            HAS_DVECTORS,
         )
-        d = _as_cells(dh, BLOCKS, COLUMNS, WARPS) + upstream
-        # rows of steps behind a sequence's end are its last row's: no more than its own is read
-        row = _at_units(way * tl.minimum(gap, last_gap)).to(tl.int64)
-        gates = _load_gates(gates_ptrs, row, GATES * BLOCK_H, DTYPE)
-        states = _load_states(cells_ptrs, row, STATES * BLOCK_H, DTYPE)
-        i, f, g, h_by_o = _gates(gates, DTYPE)
-        h_by_c, c_before = _states(states, DTYPE)
-        di, df, dg, do, dc = _cell_gradients(d, dc, i, f, g, h_by_o, h_by_c, c_before)
-        # what a record that no step wrote may hold must not come back with the sequence's own
-        dc = tl.where(_at_units(t <= last), dc, 0.0)
-        da = tl.permute(tl.join(tl.join(di, df), tl.join(dg, do)), (0, 1, 2, 3, 4, 5, 6, 8, 7))
-        da = tl.reshape(da, d.shape + (4,)).to(DTYPE)
-        at = tl.expand_dims(_at_units(way * gap), 7).to(tl.int64) * (4 * BLOCK_H)
-        _store_cells(dgates_ptrs + at, da, _at_units(t <= last), 7)
+        dc = tl.zeros((BLOCKS, 2, COLUMNS, 2, WARPS, 8, 4), tl.float32)
+        # whether this launch has a step of the tile, and whether one before it had
+        goes_on = (dc == 0.0) & (begin < steps)
+        if not RESIDENT:
+            dc = _load_cells_where(carried_dc_ptrs, goes_on & (end < steps), 7)
+        for back in range(begin, behind):
+            t = behind - 1 - (back - begin)
+            gap = way * first_gap + t
+            # rows of steps behind a sequence's end are its last row's: it reads no other's
+            row = _at_units(way * tl.minimum(gap, last_gap)).to(tl.int64)
+            if RESIDENT:
+                # on their way while the program waits
+                gates = _load_gates(gates_ptrs, row, GATES * BLOCK_H, DTYPE)
+                states = _load_states(cells_ptrs, row, STATES * BLOCK_H, DTYPE)
+                _wait(arrived_ptr_of_tile, (back - begin) * SLICES)
+            # the gate gradients of the step after stand at the gap where it began
+            dh = _product_with_rows(
+                weight,
+                dgates_ptr + _as_columns(way * (gap + 1)).to(tl.int64) * (4 * BLOCK_H),
+                _as_columns(t < last),
+                tl.where(t + 1 < steps, 4 * BLOCK_H + zero, 0),
+                UNITS,
+                4 * BLOCK_H,
+                BLOCK_K,
+                RESIDENT,
+                WIDEN,
+                PRECISION,
+            )
+            if not RESIDENT:
+                # not before the product, which needs the registers
+                gates = _load_gates(gates_ptrs, row, GATES * BLOCK_H, DTYPE)
+                states = _load_states(cells_ptrs, row, STATES * BLOCK_H, DTYPE)
+            d = _as_cells(dh, BLOCKS, COLUMNS, WARPS)
+            d += _upstream(
+                t + 1,
+                dv,
+                peak,
+                mask_ptr,
+                doutputs_ptrs,
+                first_token,
+                way,
+                length,
+                DIRECTIONS * H,
+                inside,
+                POOLING,
+                HAS_DOUTPUTS,
+            )
+            i, f, g, h_by_o = _gates(gates, DTYPE)
+            h_by_c, c_before = _states(states, DTYPE)
+            di, df, dg, do, dc = _cell_gradients(d, dc, i, f, g, h_by_o, h_by_c, c_before)
+            # before its last step a sequence has no gradient, whatever memory held for one
+            dc = tl.where(_at_units(t <= last), dc, 0.0)
+            da = tl.permute(tl.join(tl.join(di, df), tl.join(dg, do)), (0, 1, 2, 3, 4, 5, 6, 8, 7))
+            da = tl.reshape(da, d.shape + (4,)).to(DTYPE)
+            at = tl.expand_dims(_at_units(way * gap), 7).to(tl.int64) * (4 * BLOCK_H)
+            _store_cells(dgates_ptrs + at, da, _at_units(t <= last), 7)
+            if RESIDENT:
+                _arrive(arrived_ptr_of_tile)
 
-    everywhere = tl.full(dc.shape, 1, tl.int1)
-    _store_cells(carried_dc_ptrs, dc, everywhere, 7)
+        if not RESIDENT:
+            _store_cells(carried_dc_ptrs, dc, goes_on, 7)
 
 
 def siamese_wide_bwd(
@@ -202,15 +228,20 @@ def siamese_wide_bwd(
         return dgates
     target = _tiling.target_of(vectors.device)
     multiprocessors = _tiling._multiprocessors(vectors.device, target)
-    tile = _tiling_wide.backward_tile(N, P, H, multiprocessors)
+    precision = _tiling.product_precision(dtype, allow_tf32, target)
+    tile = _tiling_wide.backward_tile(N, P, H, dtype, precision, target, multiprocessors)
     tiles = triton.cdiv(N, tile.sequences)
     paired = dpair is not None
     B = N // 2 if paired else N
     order = _tiling.longest_first(lengths, B) if tiles > 1 else None
     words = _packing.table_dtype(dtype)
-    carried_dc = vectors.new_empty((P, tiles * tile.sequences, block), dtype=torch.float32)
-    for t in reversed(range(steps)):
-        _siamese_wide_bwd_kernel[(tiles, P, block // tile.units)](
+    slots = tiles * tile.sequences
+    carried_dc = torch.empty(
+        0 if tile.resident else (P, slots, block), device=vectors.device, dtype=torch.float32
+    )
+    arrived = torch.zeros(tiles, P, device=vectors.device, dtype=torch.int32)
+    for begin, end in reversed(tile.launches(steps)):
+        _siamese_wide_bwd_kernel[(min(tile.groups, tiles), P, block // tile.units)](
             dpair_ptr=vectors if dpair is None else dpair,
             dvectors_ptr=vectors if dvectors is None else dvectors,
             doutputs_ptr=vectors if doutputs is None else doutputs,
@@ -224,8 +255,10 @@ def siamese_wide_bwd(
             peaks_ptr=peaks,
             dgates_ptr=dgates,
             carried_dc_ptr=carried_dc,
-            begin=t,
-            end=t + 1,
+            arrived_ptr=arrived,
+            begin=begin,
+            end=end,
+            tiles=tiles,
             B=B,
             T=steps,
             H=H,
@@ -233,8 +266,10 @@ def siamese_wide_bwd(
             BLOCK_H=block,
             UNITS=tile.units,
             BLOCK_N=tile.sequences,
+            BLOCK_K=tile.block_k,
+            RESIDENT=tile.resident,
             WARPS=tile.num_warps,
-            PRECISION=_tiling.product_precision(dtype, allow_tf32, target),
+            PRECISION=precision,
             WIDEN=_tiling.arithmetic(dtype, allow_tf32, target).WIDEN,
             DIRECTIONS=P,
             POOLING=pooling,
@@ -245,5 +280,6 @@ def siamese_wide_bwd(
             HAS_ORDER=order is not None,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
+            launch_cooperative_grid=tile.resident,
         )
     return dgates

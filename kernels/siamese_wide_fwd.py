@@ -1,7 +1,8 @@
 """The forward of an LSTM whose units several programs share: kernels, then launcher.
 
-A program has a slice of the units, and every step waits for all slices of the step before: a launch
-a step. What a sequence carries from one to the next is in memory.
+A program has a slice of the units, and every step waits for all slices of the step before. Either a
+step is a launch, and what a sequence carries from one to the next is in memory; or there is one
+launch (RESIDENT), in which the weight stays on chip and the programs of a tile wait for each other.
 """
 
 import torch
@@ -25,11 +26,17 @@ from fastsiam.kernels._math import (
     _sequences,
     _store_cells,
 )
-from fastsiam.kernels._wide import _as_columns, _product_with_rows
-from fastsiam.kernels.siamese_fwd import _cell, _store_records
+from fastsiam.kernels._wide import (
+    _arrive,
+    _as_columns,
+    _load_slice,
+    _product_with_rows,
+    _wait,
+)
+from fastsiam.kernels.siamese_fwd import _cell, _store_gates, _store_state
 
 
-@triton.jit(do_not_specialize=["begin", "end", "B", "T", "R", "H", "zero"])
+@triton.jit(do_not_specialize=["begin", "end", "tiles", "B", "T", "R", "H", "zero"])
 def _siamese_wide_fwd_kernel(
     # P is the number of directions, S that of slots: the columns of all tiles
     table_ptr,  # [R, P, BLOCK_H, 4] input gates of a row; half precision: 2 words of two a unit
@@ -46,10 +53,12 @@ def _siamese_wide_fwd_kernel(
     states_ptr,  # [P, N, T + 1, BLOCK_H] out: 2h
     peaks_ptr,  # [N, P, H] out: step of the maximum (POOLING "max")
     # what a step leaves to the next
-    carried_c_ptr,  # [P, S, BLOCK_H] float32 in, out: the cell
+    carried_c_ptr,  # [P, S, BLOCK_H] float32 in, out: the cell (not RESIDENT)
     carried_h_ptr,  # [2, P, S, BLOCK_H] in, out: 2h, of even steps and of odd (not STORE_RECORDS)
-    begin,  # the first step of this launch
-    end,  # the one behind its last
+    arrived_ptr,  # [tiles, P] in, out: parts of steps that are done, 0 at first (RESIDENT)
+    begin,  # the first step of this launch; 0 where RESIDENT
+    end,  # the one behind its last; T where RESIDENT
+    tiles,
     B,  # pairs; sequences where not PAIRED
     T,
     R,
@@ -57,7 +66,9 @@ def _siamese_wide_fwd_kernel(
     zero,  # 0
     BLOCK_H: tl.constexpr,  # H with its padding
     UNITS: tl.constexpr,  # of a program: axis 2 of the grid has the slices
-    BLOCK_N: tl.constexpr,  # sequences of a program, a multiple of 8: axis 0 has the tiles
+    BLOCK_N: tl.constexpr,  # sequences of a tile, a multiple of 8: axis 0 shares out the tiles
+    BLOCK_K: tl.constexpr,  # units of a product at a time; all of them, where RESIDENT
+    RESIDENT: tl.constexpr,
     WARPS: tl.constexpr,
     PRECISION: tl.constexpr,  # of tl.dot
     APPROXIMATE: tl.constexpr,  # these three: _tiling.Arithmetic
@@ -76,26 +87,12 @@ def _siamese_wide_fwd_kernel(
     DTYPE: tl.constexpr = weight_ptr.dtype.element_ty
     WORDS: tl.constexpr = 4 if DTYPE == tl.float32 else 2
     ROW: tl.constexpr = DIRECTIONS * WORDS * BLOCK_H
+    SLICES: tl.constexpr = BLOCK_H // UNITS
 
-    tile = tl.program_id(0)
     direction, way = _direction(DIRECTIONS)
     first_unit = tl.program_id(2) * UNITS
-    seq, _, live, length, steps = _sequences(
-        lengths_ptr, order_ptr, tile, B, T, COLUMNS, PAIRED, HAS_ORDER
-    )
-    end = tl.minimum(end, steps)
-    if begin >= end:
-        return
-    # tokens, gaps and rows of records as in siamese_fwd.py
-    last = length - 1
-    first_token = seq.to(tl.int64) * T + direction * tl.maximum(last, 0)
-    final = T - 1 if DIRECTIONS == 1 else tl.maximum(last, 0)
-    first_gap = seq * (T + 1) + direction * length
     rows = direction * (2 * B if PAIRED else B).to(tl.int64) * (T + 1)
-    slots = tl.num_programs(0) * BLOCK_N
-    column = 8 * tl.arange(0, COLUMNS)[:, None, None] + 2 * tl.arange(0, 4)[None, None, :]
-    slot = direction * slots + tile * BLOCK_N + column + tl.arange(0, 2)[None, :, None]
-
+    slots = tiles * BLOCK_N
     # units of the cells, [blocks, 1, 1, warps, 8, 1]
     block = tl.arange(0, BLOCKS)[:, None, None, None, None, None]
     warp = tl.arange(0, WARPS)[None, None, None, :, None, None]
@@ -104,82 +101,121 @@ def _siamese_wide_fwd_kernel(
     # stores of one value a cell would get a layout of their own if units were seen to be adjacent
     unit_apart = first_unit + block * (8 * WARPS) + (within ^ zero)
     table_ptr += direction * (WORDS * BLOCK_H)
-    weight_ptr += (direction * BLOCK_H + first_unit).to(tl.int64) * (4 * BLOCK_H)
     table_ptrs = table_ptr + (tl.expand_dims(unit, 6) * WORDS + tl.arange(0, WORDS))
     gates_ptrs = gates_ptr + rows * (4 * BLOCK_H) + (tl.expand_dims(unit, 6) * 4 + tl.arange(0, 4))
     cells_ptrs = cells_ptr + rows * (2 * BLOCK_H) + (tl.expand_dims(unit, 6) * 2 + tl.arange(0, 2))
     states_ptr += rows * BLOCK_H
     states_ptrs = states_ptr + unit_apart
     outputs_ptrs = outputs_ptr + direction * H + unit_apart
-    carried_c_ptrs = carried_c_ptr + (_at_units(slot).to(tl.int64) * BLOCK_H + unit_apart)
-    at_vector = (_at_units(seq).to(tl.int64) * DIRECTIONS + direction) * H + unit_apart
-    in_vector = _at_units(live) & (unit_apart < H)
-    pooled_ptrs = pooled_ptr + at_vector
+    weight = weight_ptr + (direction * BLOCK_H + first_unit).to(tl.int64) * (4 * BLOCK_H)
+    if RESIDENT:
+        weight = _load_slice(weight, 4 * UNITS, BLOCK_H, BLOCK_K, WIDEN)
 
-    began = tl.zeros((BLOCKS, COLUMNS, 2, WARPS, 8, 4), tl.int1) | (begin > 0)
-    c = _load_cells_where(carried_c_ptrs, began, 6)
-    v = c
-    peak = tl.full(c.shape, -1, tl.int32)
-    if POOLING != "last":
-        v = _load_cells_where(pooled_ptrs, began & in_vector, 6)
-        if POOLING == "max":
-            v = tl.where(began, v, -3.0)
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        # sequences, tokens, gaps and rows of records as in siamese_fwd.py
+        seq, _, live, length, steps = _sequences(
+            lengths_ptr, order_ptr, tile, B, T, COLUMNS, PAIRED, HAS_ORDER
+        )
+        last = length - 1
+        first_token = seq.to(tl.int64) * T + direction * tl.maximum(last, 0)
+        final = T - 1 if DIRECTIONS == 1 else tl.maximum(last, 0)
+        first_gap = seq * (T + 1) + direction * length
+        column = 8 * tl.arange(0, COLUMNS)[:, None, None] + 2 * tl.arange(0, 4)[None, None, :]
+        slot = direction * slots + tile * BLOCK_N + column + tl.arange(0, 2)[None, :, None]
+        at_vector = (_at_units(seq).to(tl.int64) * DIRECTIONS + direction) * H + unit_apart
+        in_vector = _at_units(live) & (unit_apart < H)
+        pooled_ptrs = pooled_ptr + at_vector
+        carried_c_ptrs = carried_c_ptr + (_at_units(slot).to(tl.int64) * BLOCK_H + unit_apart)
+        arrived_ptr_of_tile = arrived_ptr + (tile * DIRECTIONS + direction)
+
+        c = tl.zeros((BLOCKS, COLUMNS, 2, WARPS, 8, 4), tl.float32)
+        v = c - 3.0 if POOLING == "max" else c
+        peak = tl.full(c.shape, -1, tl.int32)
+        # whether a launch before this one began the tile, and whether this one goes on with it
+        goes_on = (c == 0.0) & (begin < steps)
+        if not RESIDENT:
+            began = goes_on & (begin > 0)
+            c = _load_cells_where(carried_c_ptrs, began, 6)
+            if POOLING != "last":
+                before = _load_cells_where(pooled_ptrs, began & in_vector, 6)
+                v = tl.where(began, before, v)
+                if POOLING == "max" and STORE_RECORDS:
+                    before = _load_cells_where(peaks_ptr + at_vector, began & in_vector, 6)
+                    peak = tl.where(began, before.to(tl.int32), peak)
+        for t in range(begin, tl.minimum(end, steps)):
+            row = _row_at(t, ids_ptr, first_token, way, final, R, HAS_IDS)
+            if RESIDENT:
+                # on its way while the program waits
+                x = _load_rows(table_ptrs, row, ROW)
+                _wait(arrived_ptr_of_tile, t * SLICES)
             if STORE_RECORDS:
-                before = _load_cells_where(peaks_ptr + at_vector, began & in_vector, 6)
-                peak = tl.where(began, before.to(tl.int32), peak)
-    for t in range(begin, end):
-        if STORE_RECORDS:
-            # the state that a step begins with stands at its first gap
-            h_ptr = states_ptr
-            h_row = first_gap + way * t
-        else:
-            h_ptr = carried_h_ptr
-            h_row = slot + (t + 1) % 2 * (DIRECTIONS * slots)
-        h_ptrs = h_ptr + _as_columns(h_row).to(tl.int64) * BLOCK_H
-        there = _as_columns((t > 0) & (t <= last))
-        a = tl.zeros((4 * UNITS, BLOCK_N), tl.float32)
-        a = _product_with_rows(weight_ptr, h_ptrs, there, t > 0, a, BLOCK_H, WIDEN, PRECISION)
-        x = _load_rows(table_ptrs, _row_at(t, ids_ptr, first_token, way, final, R, HAS_IDS), ROW)
-        a += _as_accumulator(_gate_pairs(x, DTYPE), UNITS, BLOCK_N)
-
-        i, f, g, o = _as_gates(a, BLOCKS, COLUMNS, WARPS)
-        c_before = c
-        i, f, g, o, c, tanh_c, h = _cell(i, f, g, o, c, APPROXIMATE, ASSEMBLY)
-        if POOLING == "last":
-            _store_cells(pooled_ptrs, h, _at_units(t == last) & in_vector, 6)
-        else:
-            token_weights = mask_ptr + (first_token + way * t)
-            v, peak = _pool(v, peak, h, t, last, token_weights, POOLING, STORE_RECORDS)
-        if STORE_RECORDS:
-            _store_records(
-                i,
-                f,
-                g,
-                o,
-                c_before,
-                tanh_c,
-                h,
-                first_gap + way * (t + 1),
-                t <= last,
-                gates_ptrs,
-                cells_ptrs,
-                states_ptrs,
+                # the state that a step begins with stands at its first gap
+                h_ptr = states_ptr
+                h_row = first_gap + way * t
+            else:
+                h_ptr = carried_h_ptr
+                h_row = slot + (t + 1) % 2 * (DIRECTIONS * slots)
+            a = _product_with_rows(
+                weight,
+                h_ptr + _as_columns(h_row).to(tl.int64) * BLOCK_H,
+                _as_columns((t > 0) & (t <= last)),
+                # unrolled, if the compiler knew its length, the loop would be long
+                tl.where(t > 0, BLOCK_H + zero, 0),
+                4 * UNITS,
                 BLOCK_H,
+                BLOCK_K,
+                RESIDENT,
+                WIDEN,
+                PRECISION,
             )
-        else:
-            at = _at_units(slot + t % 2 * (DIRECTIONS * slots)).to(tl.int64) * BLOCK_H
-            _store_cells(carried_h_ptr + (at + unit_apart), h, _at_units(t <= last), 6)
-        if STORE_OUTPUTS:
-            inside = _at_units(t <= last) & (unit_apart < H)
-            at = _at_units(first_token + way * t) * (DIRECTIONS * H)
-            _store_cells(outputs_ptrs + at, 0.5 * h, inside, 6)
+            if not RESIDENT:
+                # not before the product, which needs the registers
+                x = _load_rows(table_ptrs, row, ROW)
+            a += _as_accumulator(_gate_pairs(x, DTYPE), UNITS, BLOCK_N)
 
-    everywhere = tl.full(c.shape, 1, tl.int1)
-    _store_cells(carried_c_ptrs, c, everywhere, 6)
-    if POOLING != "last":
-        _store_cells(pooled_ptrs, v, in_vector, 6)
-        if POOLING == "max" and STORE_RECORDS:
-            _store_cells(peaks_ptr + at_vector, peak, in_vector, 6)
+            i, f, g, o = _as_gates(a, BLOCKS, COLUMNS, WARPS)
+            c_before = c
+            i, f, g, o, c, tanh_c, h = _cell(i, f, g, o, c, APPROXIMATE, ASSEMBLY)
+            # the state before all else: others wait for it
+            if STORE_RECORDS:
+                gap = first_gap + way * (t + 1)
+                _store_state(h, gap, t <= last, states_ptrs, BLOCK_H)
+            else:
+                row = slot + t % 2 * (DIRECTIONS * slots)
+                _store_state(h, row, t <= last, carried_h_ptr + unit_apart, BLOCK_H)
+            if RESIDENT:
+                _arrive(arrived_ptr_of_tile)
+            if STORE_RECORDS:
+                _store_gates(
+                    i,
+                    f,
+                    g,
+                    o,
+                    c_before,
+                    tanh_c,
+                    h,
+                    gap,
+                    t <= last,
+                    gates_ptrs,
+                    cells_ptrs,
+                    BLOCK_H,
+                )
+            if POOLING == "last":
+                _store_cells(pooled_ptrs, h, _at_units(t == last) & in_vector, 6)
+            else:
+                token_weights = mask_ptr + (first_token + way * t)
+                v, peak = _pool(v, peak, h, t, last, token_weights, POOLING, STORE_RECORDS)
+            if STORE_OUTPUTS:
+                inside = _at_units(t <= last) & (unit_apart < H)
+                at = _at_units(first_token + way * t) * (DIRECTIONS * H)
+                _store_cells(outputs_ptrs + at, 0.5 * h, inside, 6)
+
+        if not RESIDENT:
+            _store_cells(carried_c_ptrs, c, goes_on, 6)
+        if POOLING != "last":
+            _store_cells(pooled_ptrs, v, in_vector & goes_on, 6)
+            if POOLING == "max" and STORE_RECORDS:
+                _store_cells(peaks_ptr + at_vector, peak, in_vector & goes_on, 6)
 
 
 @triton.jit(do_not_specialize=["B", "F"])
@@ -246,7 +282,8 @@ def siamese_wide_fwd(
     block = _tiling.block_h(H)
     target = _tiling.target_of(table.device)
     multiprocessors = _tiling._multiprocessors(table.device, target)
-    tile = _tiling_wide.forward_tile(N, P, H, multiprocessors)
+    precision = _tiling.product_precision(dtype, allow_tf32, target)
+    tile = _tiling_wide.forward_tile(N, P, H, dtype, precision, target, multiprocessors)
     tiles = triton.cdiv(N, tile.sequences)
     vectors = table.new_empty((N, P * H), dtype=dtype)
     # a sequence without steps is looked at by nobody
@@ -265,11 +302,12 @@ def siamese_wide_fwd(
     if N == 0:
         return results
     slots = tiles * tile.sequences
-    carried_c = pooled.new_empty(P, slots, block)
-    carried_h = vectors.new_empty((2, P, slots, block) if not store_records else 0)
+    carried_c = pooled.new_empty(0 if tile.resident else (P, slots, block))
+    carried_h = vectors.new_empty(0 if store_records else (2, P, slots, block))
+    arrived = torch.zeros(tiles, P, device=table.device, dtype=torch.int32)
     order = _tiling.longest_first(lengths, B) if tiles > 1 else None
-    for t in range(steps):
-        _siamese_wide_fwd_kernel[(tiles, P, block // tile.units)](
+    for begin, end in tile.launches(steps):
+        _siamese_wide_fwd_kernel[(min(tile.groups, tiles), P, block // tile.units)](
             table_ptr=table,
             weight_ptr=weight.view(dtype),
             ids_ptr=lengths if ids is None else ids,
@@ -284,8 +322,10 @@ def siamese_wide_fwd(
             peaks_ptr=peaks,
             carried_c_ptr=carried_c,
             carried_h_ptr=carried_h,
-            begin=t,
-            end=t + 1,
+            arrived_ptr=arrived,
+            begin=begin,
+            end=end,
+            tiles=tiles,
             B=B,
             T=steps,
             R=table.shape[0],
@@ -294,8 +334,10 @@ def siamese_wide_fwd(
             BLOCK_H=block,
             UNITS=tile.units,
             BLOCK_N=tile.sequences,
+            BLOCK_K=tile.block_k,
+            RESIDENT=tile.resident,
             WARPS=tile.num_warps,
-            PRECISION=_tiling.product_precision(dtype, allow_tf32, target),
+            PRECISION=precision,
             DIRECTIONS=P,
             POOLING=pooling,
             PAIRED=paired,
@@ -305,6 +347,7 @@ def siamese_wide_fwd(
             STORE_OUTPUTS=store_outputs,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
+            launch_cooperative_grid=tile.resident,
             **_tiling.arithmetic(dtype, allow_tf32, target)._asdict(),
         )
     _score_kernel[(B,)](

@@ -33,7 +33,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastsiam.kernels import _tiling
+from fastsiam.kernels import _tiling, _tiling_wide
 from fastsiam.kernels._math import in_triton
 from fastsiam.kernels._pack import COLUMNS, UNITS, WARPS, _pack_kernel
 from fastsiam.kernels.pairwise import _manhattan_pairs_kernel
@@ -41,10 +41,15 @@ from fastsiam.kernels.siamese_bwd import _siamese_bwd_kernel
 from fastsiam.kernels.siamese_fwd import _siamese_fwd_kernel
 from fastsiam.kernels.siamese_gru_bwd import _siamese_gru_bwd_kernel
 from fastsiam.kernels.siamese_gru_fwd import _siamese_gru_fwd_kernel
+from fastsiam.kernels.siamese_wide_bwd import _siamese_wide_bwd_kernel
+from fastsiam.kernels.siamese_wide_fwd import _score_kernel, _siamese_wide_fwd_kernel
 
 TARGETS = tuple(_tiling.SHARED_BYTES)
 DTYPES = ("bfloat16", "float16", "tf32", "float32")
-HIDDEN = (16, 50, 64, 100, 128)
+HIDDEN = (16, 50, 64, 100, 128, 256, 512, 1024)
+# the wide kernels' tiles hang on the batch: here of a GPU with so many multiprocessors
+MULTIPROCESSORS = 132
+FEW, MANY = 256, 16384
 
 COMMON = {"DIRECTIONS": 1, "POOLING": "last", "PAIRED": True, "HAS_ORDER": False}
 PLAIN_FWD = COMMON | {
@@ -58,6 +63,8 @@ TRAIN = PLAIN_FWD | {"STORE_RECORDS": True}
 ENCODE_BWD = PLAIN_BWD | {"PAIRED": False, "HAS_DPAIR": False, "HAS_DVECTORS": True}
 PACK = {
     "COLUMNS": COLUMNS,
+    "UNITS": UNITS,
+    "SLICE": 128,
     "GATES": 4,
     "TRANSPOSED": False,
     "BY_UNIT": False,
@@ -102,7 +109,17 @@ KERNELS = {
     "siamese_gru_bwd_max": (_siamese_gru_bwd_kernel, PLAIN_BWD | MAXIMUM),
     "siamese_gru_bwd_encode": (_siamese_gru_bwd_kernel, ENCODE_BWD),
     "siamese_gru_bwd_outputs": (_siamese_gru_bwd_kernel, PLAIN_BWD | {"HAS_DOUTPUTS": True}),
+    "siamese_wide_fwd": (_siamese_wide_fwd_kernel, PLAIN_FWD | {"HAS_ORDER": True}),
+    "siamese_wide_fwd_train": (_siamese_wide_fwd_kernel, TRAIN | {"HAS_ORDER": True}),
+    "siamese_wide_bwd": (_siamese_wide_bwd_kernel, PLAIN_BWD | {"HAS_ORDER": True}),
+    "siamese_wide_fwd_train_max": (_siamese_wide_fwd_kernel, TRAIN | BOTH_WAYS | MAXIMUM),
+    "siamese_wide_fwd_outputs": (_siamese_wide_fwd_kernel, PLAIN_FWD | {"STORE_OUTPUTS": True}),
+    "siamese_wide_bwd_outputs": (
+        _siamese_wide_bwd_kernel,
+        PLAIN_BWD | BOTH_WAYS | MASKED | {"HAS_DOUTPUTS": True},
+    ),
     # without a loop
+    "score": (_score_kernel, {"PAIRED": True, "HAS_LEARNED_SCALE": True, "BLOCK_F": 512}),
     "pack": (_pack_kernel, PACK),
     "pack_transposed": (_pack_kernel, PACK | {"TRANSPOSED": True, "HAS_BIAS": False}),
     "pack_gru": (_pack_kernel, PACK | {"GATES": 3}),
@@ -170,9 +187,17 @@ BOUNDS = {
 }
 # where gate gradients are scaled for float16, their largest passes between warps
 SCALED_BARRIERS = 5
+# of which two are the wait's, one the arrival's; a step at a time a piece of the product has 2
+WAITING_BARRIERS = 5
 PACKING = ("pack", "pack_transposed", "pack_gru", "pack_gru_transposed")
+WIDE = ("siamese_wide_fwd", "siamese_wide_fwd_train", "siamese_wide_bwd")
+WIDE_VARIANTS = tuple(
+    kernel for kernel in KERNELS if kernel.startswith("siamese_wide") and kernel not in WIDE
+)
 VARIANTS = tuple(
-    kernel for kernel in KERNELS if kernel not in (*PLAIN, *GRU, *PACKING, "manhattan_pairs")
+    kernel
+    for kernel in KERNELS
+    if kernel not in (*PLAIN, *GRU, *PACKING, *WIDE, *WIDE_VARIANTS, "score", "manhattan_pairs")
 )
 # of a test run: every bound that is promised on sm_90, and the hardest shape elsewhere
 _QUICK = {
@@ -198,6 +223,7 @@ class Job(NamedTuple):
     target: str
     dtype: str
     tile: _tiling.Tile
+    wide: _tiling_wide.WideTile | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,6 +264,22 @@ def torch_dtype(dtype: str) -> torch.dtype:
     return made
 
 
+def wide_job(kernel: str, target: str, dtype: str, H: int, N: int) -> Job:
+    """Return a job with the tile that `_tiling_wide.py` gives to N sequences."""
+    back = "_bwd" in kernel
+    choose = _tiling_wide.backward_tile if back else _tiling_wide.forward_tile
+    P = KERNELS[kernel][1]["DIRECTIONS"]
+    operand = torch_dtype(dtype)
+    wide = choose(N, P, H, operand, precision(dtype, target), target, MULTIPROCESSORS)
+    stream = not wide.resident
+    tile = _tiling.Tile(H, wide.sequences, wide.num_warps, stream, operand, parts=1)
+    return Job(kernel, target, dtype, tile, wide)
+
+
+def precision(dtype: str, target: str) -> str:
+    return _tiling.product_precision(torch_dtype(dtype), dtype == "tf32", target)
+
+
 def arithmetic(dtype: str, target: str) -> _tiling.Arithmetic:
     return _tiling.arithmetic(torch_dtype(dtype), dtype == "tf32", target)
 
@@ -252,6 +294,8 @@ def compile_job(job: Job) -> Any:
     types = {
         "table_ptr": words,
         "weight_ptr": "*i16" if job.tile.operand.itemsize == 2 else "*i32",
+        "carried_h_ptr": element,
+        "arrived_ptr": "*i32",
         "ids_ptr": "*i64",
         "lengths_ptr": "*i64",
         "order_ptr": "*i64",
@@ -276,11 +320,19 @@ def compile_job(job: Job) -> Any:
         "STREAM": job.tile.stream,
         "OPERAND": in_triton(job.tile.operand),
         "PARTS": job.tile.parts,
-        "UNITS": min(job.tile.block_h, UNITS),
-        "SLICE": job.tile.block_h,
         **arithmetic(job.dtype, job.target)._asdict(),
         **flags,
     }
+    options = {"num_warps": job.tile.num_warps}
+    if job.wide is not None:
+        types["weight_ptr"] = element
+        constants |= {
+            "UNITS": job.wide.units,
+            "BLOCK_K": job.wide.block_k,
+            "RESIDENT": job.wide.resident,
+            "PRECISION": precision(job.dtype, job.target),
+        }
+        options["num_stages"] = job.wide.num_stages
     signature = {}
     for name in function.arg_names:
         if name in constants:
@@ -298,7 +350,7 @@ def compile_job(job: Job) -> Any:
         gpu = GPUTarget("hip", job.target, 64)
     else:
         gpu = GPUTarget("cuda", int(job.target.removeprefix("sm_")), 32)
-    return triton.compile(source, target=gpu, options={"num_warps": job.tile.num_warps})
+    return triton.compile(source, target=gpu, options=options)
 
 
 def measure(job: Job) -> Row:
@@ -376,11 +428,37 @@ def jobs(quick: bool) -> list[Job]:
     return [
         Job(kernel, target, dtype, tile_of(kernel, H, dtype, target, num_warps))
         for kernel, target, dtype, H, num_warps in plan
-    ]
+    ] + wide_jobs(quick)
+
+
+def wide_jobs(quick: bool) -> list[Job]:
+    """Return the same for the kernels of a wide H."""
+    plan: list[tuple[str, str, str, int, int]] = []
+    targets = ("sm_80", "sm_120") if quick else ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+    for kernel in WIDE:
+        plan += [(kernel, "sm_90", "bfloat16", H, N) for H, N in ((256, FEW), (1024, MANY))]
+        plan.append((kernel, "sm_90", "float32", 1024, MANY))
+        plan += [(kernel, target, "bfloat16", 256, FEW) for target in targets]
+    if not quick:
+        shapes = ((256, FEW), (512, FEW), (1024, MANY))
+        plan += [
+            (kernel, target, dtype, *shape)
+            for kernel, target, dtype, shape in itertools.product(
+                WIDE, targets, ("bfloat16", "tf32", "float32"), shapes
+            )
+        ]
+    plan.append(("siamese_wide_fwd", "sm_90", "bfloat16", 512, FEW))
+    plan.append(("siamese_wide_fwd_train", "sm_90", "tf32", 256, FEW))
+    plan += [(kernel, "sm_90", "bfloat16", 256, FEW) for kernel in WIDE_VARIANTS]
+    jobs = [wide_job(*shape) for shape in plan]
+    # unlike batches may have one tile
+    return list(dict.fromkeys(job._replace(wide=job.wide._replace(groups=1)) for job in jobs))
 
 
 def barriers_of(kernel: str, dtype: str, H: int) -> int:
     """Return how many barriers a step may have."""
+    if kernel.startswith("siamese_wide"):
+        return WAITING_BARRIERS if H < 1024 else 2
     scaled = "_bwd" in kernel and (dtype == "float32" or (dtype == "tf32" and H > 64))
     return SCALED_BARRIERS if scaled else 2
 

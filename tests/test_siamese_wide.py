@@ -31,6 +31,67 @@ def test_value_and_gradient(triton, case):
     check(case, "triton")
 
 
+@pytest.fixture
+def in_one_launch(triton, monkeypatch):
+    """Interpreted, wide kernels run all steps in one launch; yields what takes their turns."""
+    if DEVICE == "cuda":
+        pytest.skip("there _tiling_wide.py decides, and programs do run at once")
+    import together
+
+    from fastsiam.kernels import _tiling_wide, siamese_wide_bwd, siamese_wide_fwd
+
+    def resident(choose, inner):
+        def tile(N, P, H, *rest):
+            block_k = 1 << (inner * _tiling_wide.block_h(H) - 1).bit_length()
+            chosen = choose(N, P, H, *rest)
+            return chosen._replace(sequences=16, block_k=block_k, resident=True, groups=2)
+
+        return tile
+
+    for name, inner in (("forward_tile", 1), ("backward_tile", 4)):
+        monkeypatch.setattr(_tiling_wide, name, resident(getattr(_tiling_wide, name), inner))
+    kernels = siamese_wide_fwd._siamese_wide_fwd_kernel, siamese_wide_bwd._siamese_wide_bwd_kernel
+    return together.patch(monkeypatch, *kernels)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        # three tiles for two groups, and an inner dimension that is no power of two
+        Case(B=18, T_left=3, T_right=2, H=129, directions=2, inputs="ids"),
+        Case(B=3, T_left=4, T_right=1, H=200, dtype=torch.float16, pooling="max"),
+        Case(B=2, T_left=2, T_right=3, H=150, dtype=torch.bfloat16, pooling="mask", call="encode"),
+    ],
+    ids=str,
+)
+def test_all_steps_in_one_launch(in_one_launch, case):
+    """Programs that wait for each other, in random turns."""
+    check(case, "triton")
+    assert all(each.changes > 0 for each in in_one_launch)
+
+
+def test_which_shapes_are_one_launch(triton):
+    from fastsiam.kernels._tiling_wide import backward_tile, forward_tile
+
+    def resident(tile, H, dtype="bfloat16", N=64, precision="tf32", target="sm_90", P=1):
+        return tile(N, P, H, getattr(torch, dtype), precision, target, 132).resident
+
+    for H, ahead, back in ((129, True, True), (256, True, True), (512, True, False)):
+        assert resident(forward_tile, H) == ahead
+        assert resident(backward_tile, H) == back
+        for tile in (forward_tile, backward_tile):
+            assert not resident(tile, H, "float32", precision="tf32x3")
+            assert not resident(tile, H, target="gfx942", precision="ieee")
+            assert not resident(tile, H, target="interpreter", precision="ieee")
+            # so many sequences are quicker a step at a time
+            assert not resident(tile, H, N=10000)
+    assert not resident(forward_tile, 1024)
+    assert resident(forward_tile, 256, "float32")
+    # the groups of both directions run at once
+    assert forward_tile(64, 2, 512, torch.float16, "tf32", "sm_90", 132).groups == 4
+    assert not forward_tile(64, 2, 512, torch.float16, "tf32", "sm_90", 30).resident
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", LARGE, ids=str)
 def test_large(triton, case):
