@@ -39,7 +39,8 @@ class Plan:
 
 
 CPU = Plan("torch", (50, 128, 256, 512, 1024), (1, 8, 32, 256), ("float32",), (1, 2))
-GPU = Plan("triton", (50, 64, 100, 128), (1, 32, 256, 1024, 4096), ("float32", "bfloat16"), (1,))
+HIDDEN = (50, 64, 100, 128, 256, 512, 1024)
+GPU = Plan("triton", HIDDEN, (1, 32, 256, 1024, 4096), ("float32", "bfloat16"), (1,))
 QUICK = Plan("torch", (5, 300), (1, 2), ("float32",), (1,))
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from benchmarks import public
 from benchmarks.cases import SCALE, Batch, Case, Sentences, make_weights
 from fastsiam import SiameseGRU, SiameseLSTM, functional
+from fastsiam._backend import MAX_TRITON_HIDDEN
 from fastsiam.graph import WARMUP, GraphedStep
 
 Build = Callable[[Case, nn.RNNBase, Tensor], nn.Module]
@@ -225,8 +226,9 @@ class Contender:
             return f"{self.name} differs in {self.only_for} only"
         if setting == "graph" and self.not_in_graph:
             return f"{self.name} in a CUDA graph: {self.not_in_graph}"
-        if self.name == "fastsiam triton" and case.H > 128:
-            return "fastsiam triton covers H up to 128"
+        most = MAX_TRITON_HIDDEN[case.cell]
+        if self.name == "fastsiam triton" and case.H > most:
+            return f"fastsiam triton covers H up to {most}"
         one_lstm = case.cell == "lstm" and not case.bidirectional and case.pooling == "last"
         if (self.name == "step by step" or self.needs) and not one_lstm:
             return f"{self.name} is written for the last state of an LSTM in one direction"

@@ -265,8 +265,7 @@ def _fused_layer(
     """Return similarity, L1, vectors and hidden states from the backends with the whole program."""
     factor, learned_scale = (1.0, scale) if isinstance(scale, Tensor) else (scale, None)
     steps = x.shape[1]
-    rnn = torch.backends.cudnn.rnn
-    allow_tf32 = x.is_cuda and rnn.fp32_precision == "tf32"  # type: ignore[attr-defined]
+    allow_tf32 = allows_tf32(x.device)
     source = x.reshape(-1, x.shape[-1]) if embedding is None else embedding
     ids = None if embedding is None else x.contiguous()
     outputs: tuple[Tensor, Tensor, Tensor, Tensor]
@@ -312,6 +311,13 @@ def _fused_layer(
     else:
         outputs = _ops.siamese_run(*given, *how, *backend)
     return outputs
+
+
+def allows_tf32(device: torch.device) -> bool:
+    """Return whether float32 products of a recurrence may be rounded to tf32."""
+    rnn = torch.backends.cudnn.rnn
+    precision: str = rnn.fp32_precision  # type: ignore[attr-defined]
+    return device.type == "cuda" and precision == "tf32"
 
 
 def _plain_layer(

@@ -15,8 +15,11 @@ from torch import Tensor, nn
 from fastsiam import _steps, functional
 from fastsiam._backend import BACKENDS
 from fastsiam._checks import GATES, POOLINGS
+from fastsiam._network import allows_tf32
 from fastsiam.batched import compute_dtype
 from fastsiam.functional import Lengths, Prepared, Weights
+from fastsiam.kernels._tiling import NARROW
+from fastsiam.kernels._tiling_wide import describe
 
 Network = TypeVar("Network", bound=nn.RNNBase)
 
@@ -223,15 +226,19 @@ class _Siamese(nn.Module):
             filled=filled,
             who=f"{type(self).__name__}.explain",
         )
-        dtype = self.weight_hh_l0.dtype
+        dtype, H = self.weight_hh_l0.dtype, self.hidden_size
         loops = ""
+        there = where.type != "cuda" or torch.cuda.is_available()
+        if backend == "triton" and H > NARROW and pairs and there:
+            P = 2 if self.bidirectional else 1
+            loops = f", {describe(2 * pairs, P, H, dtype, allows_tf32(where), where)}"
         if backend == "torch" and where.type == "cpu":
-            obstacle = _steps.obstacle(where, compute_dtype(dtype), self.hidden_size)
+            obstacle = _steps.obstacle(where, compute_dtype(dtype), H)
             loops = (
                 f", step loops not compiled: {obstacle}" if obstacle else ", step loops compiled"
             )
         return (
-            f"{backend}: {reason} (H = {self.hidden_size}, "
+            f"{backend}: {reason} (H = {H}, "
             f"{str(dtype).removeprefix('torch.')} on {where.type}{loops})"
         )
 

@@ -7,7 +7,14 @@ from typing import NamedTuple
 
 import torch
 
-from fastsiam.kernels._tiling import LEAST_SHARED_BYTES, SHARED_BYTES, block_h
+from fastsiam.kernels._tiling import (
+    LEAST_SHARED_BYTES,
+    SHARED_BYTES,
+    _multiprocessors,
+    block_h,
+    product_precision,
+    target_of,
+)
 
 
 class WideTile(NamedTuple):
@@ -67,7 +74,7 @@ def forward_tile(
     resident = _resident(
         N, programs, units, 4 * units, block, dtype, precision, target, multiprocessors
     )
-    return resident or _step_by_step(N, programs, units, dtype, multiprocessors)
+    return resident or _step_by_step(N, programs, units, dtype, precision, multiprocessors)
 
 
 def backward_tile(
@@ -79,7 +86,23 @@ def backward_tile(
     resident = _resident(
         N, programs, units, units, 4 * block, dtype, precision, target, multiprocessors
     )
-    return resident or _step_by_step(N, programs, units, dtype, multiprocessors)
+    return resident or _step_by_step(N, programs, units, dtype, precision, multiprocessors)
+
+
+def describe(
+    N: int, P: int, H: int, dtype: torch.dtype, allow_tf32: bool, device: torch.device
+) -> str:
+    """Say how the kernels run N sequences on `device`; arguments as for `forward_tile`."""
+    target = target_of(device)
+    shape = N, P, H, dtype, product_precision(dtype, allow_tf32, target)
+    tiles = {
+        name: choose(*shape, target, _multiprocessors(device, target))
+        for name, choose in (("forward", forward_tile), ("backward", backward_tile))
+    }
+    return ", ".join(
+        f"{name} {'in one launch' if tile.resident else 'a launch a step'}"
+        for name, tile in tiles.items()
+    )
 
 
 def _resident(
@@ -110,25 +133,30 @@ def _resident(
     block_k = 1 << (inner - 1).bit_length()
     largest_slice, largest_step = _ON_CHIP.get(target, _ON_CHIP_ELSEWHERE)
     slice_bytes = rows * block_k * dtype.itemsize
+    limit = SHARED_BYTES.get(target, LEAST_SHARED_BYTES)
+
+    def fits(columns: int) -> bool:
+        step_bytes = columns * block_k * dtype.itemsize
+        on_chip = slice_bytes <= largest_slice and step_bytes <= largest_step
+        return on_chip and slice_bytes + step_bytes + 1024 <= limit
+
     # all programs of a group have to run at once, a multiprocessor each
     groups = multiprocessors // programs
-    for columns in (16, 32):
-        step_bytes = columns * block_k * dtype.itemsize
-        if slice_bytes > largest_slice or step_bytes > largest_step:
-            return None
-        if slice_bytes + step_bytes + 1024 > SHARED_BYTES.get(target, LEAST_SHARED_BYTES):
-            return None
-        # with fewer columns a step is shorter
-        if -(-N // columns) <= groups * (1 if columns == 16 else _ROUNDS):
-            return WideTile(units, columns, block_k, True, groups, 4, 1)
-    return None
+    rounds = {columns: -(-N // (columns * max(groups, 1))) for columns in (16, 32) if fits(columns)}
+    if groups == 0 or min(rounds.values(), default=N) > _ROUNDS:
+        return None
+    # with fewer columns a step is shorter
+    columns = min(rounds, key=lambda columns: (rounds[columns], columns))
+    return WideTile(units, columns, block_k, True, groups, 4, 1)
 
 
 def _step_by_step(
-    N: int, programs: int, units: int, dtype: torch.dtype, multiprocessors: int
+    N: int, programs: int, units: int, dtype: torch.dtype, precision: str, multiprocessors: int
 ) -> WideTile:
     """Return the tile of a launch a step; arguments as for `_resident`."""
-    # more columns share what is read of the weight (64 do not fit the registers), fewer leave no
-    # multiprocessor idle; no matrix instruction of AMD's has less than 16
-    columns = 32 if -(-N // 32) * programs >= multiprocessors else 16
+    # more columns share what is read of the weight (64 do not fit the registers, and beside three
+    # products of tf32 nor do 32), fewer leave no multiprocessor idle; AMD's matrix instructions
+    # have no less than 16
+    shared = -(-N // 32) * programs >= multiprocessors and precision != "tf32x3"
+    columns = 32 if shared else 16
     return WideTile(units, columns, 128 // dtype.itemsize, False, -(-N // columns), 4, 3)

@@ -116,6 +116,9 @@ def _siamese_wide_bwd_kernel(
         column = 8 * tl.arange(0, COLUMNS)[:, None, None] + 2 * tl.arange(0, 4)[None, None, :]
         slot = (direction * tiles + tile) * BLOCK_N + column + tl.arange(0, 2)[None, :, None]
         carried_dc_ptrs = carried_dc_ptr + (_at_units(slot).to(tl.int64) * BLOCK_H + unit_apart)
+        # of the columns of a product, where ahead of the loop a change of layout costs little
+        columns_last = _as_columns(last)
+        columns_gap = _as_columns(first_gap)
         arrived_ptr_of_tile = arrived_ptr + (tile * DIRECTIONS + direction)
 
         behind = tl.minimum(end, steps)
@@ -158,8 +161,8 @@ def _siamese_wide_bwd_kernel(
             # the gate gradients of the step after stand at the gap where it began
             dh = _product_with_rows(
                 weight,
-                dgates_ptr + _as_columns(way * (gap + 1)).to(tl.int64) * (4 * BLOCK_H),
-                _as_columns(t < last),
+                dgates_ptr + (columns_gap + way * (t + 1)).to(tl.int64) * (4 * BLOCK_H),
+                t < columns_last,
                 tl.where(t + 1 < steps, 4 * BLOCK_H + zero, 0),
                 UNITS,
                 4 * BLOCK_H,

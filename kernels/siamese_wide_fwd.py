@@ -126,6 +126,9 @@ def _siamese_wide_fwd_kernel(
         in_vector = _at_units(live) & (unit_apart < H)
         pooled_ptrs = pooled_ptr + at_vector
         carried_c_ptrs = carried_c_ptr + (_at_units(slot).to(tl.int64) * BLOCK_H + unit_apart)
+        # of the columns of a product, where ahead of the loop a change of layout costs little
+        columns_last = _as_columns(last)
+        columns_row = _as_columns(first_gap if STORE_RECORDS else slot)
         arrived_ptr_of_tile = arrived_ptr + (tile * DIRECTIONS + direction)
 
         c = tl.zeros((BLOCKS, COLUMNS, 2, WARPS, 8, 4), tl.float32)
@@ -151,14 +154,14 @@ def _siamese_wide_fwd_kernel(
             if STORE_RECORDS:
                 # the state that a step begins with stands at its first gap
                 h_ptr = states_ptr
-                h_row = first_gap + way * t
+                h_row = columns_row + way * t
             else:
                 h_ptr = carried_h_ptr
-                h_row = slot + (t + 1) % 2 * (DIRECTIONS * slots)
+                h_row = columns_row + (t + 1) % 2 * (DIRECTIONS * slots)
             a = _product_with_rows(
                 weight,
-                h_ptr + _as_columns(h_row).to(tl.int64) * BLOCK_H,
-                _as_columns((t > 0) & (t <= last)),
+                h_ptr + h_row.to(tl.int64) * BLOCK_H,
+                (t > 0) & (t <= columns_last),
                 # unrolled, if the compiler knew its length, the loop would be long
                 tl.where(t > 0, BLOCK_H + zero, 0),
                 4 * UNITS,
