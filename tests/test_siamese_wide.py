@@ -14,7 +14,7 @@ ODD = [
     Case(B=3, T_left=1, T_right=2, H=160, dtype=torch.float16, pooling="max", inputs="ids"),
     Case(B=1, T_left=2, T_right=1, H=257, dtype=torch.bfloat16, inputs="ids", lengths="full"),
     Case(B=17, T_left=2, T_right=2, H=200, inputs="ids", pooling="mask", call="log_similarity"),
-    Case(B=4, T_left=3, T_right=1, H=130, inputs="ids, trained", directions=2, pooling="max"),
+    Case(B=4, T_left=2, T_right=1, H=130, inputs="ids, trained", directions=2, pooling="max"),
     Case(B=3, T_left=2, T_right=1, H=140, layers=2, dtype=torch.float16, call="encode"),
     Case(B=2, T_left=2, T_right=1, H=150, lengths="zeros", call="encode"),
 ]
