@@ -181,11 +181,11 @@ def launch(
         gates, cells, states, peaks: the forward's records.
 
     Returns:
-        Gate gradients in the packing's order and scaling, zero where no step was.
+        Gate gradients in the packing's order and scaling; where no step was stands anything.
     """
     N, P = vectors.shape[0], weight.shape[0]
     H = vectors.shape[1] // P
-    dgates = torch.zeros_like(gates)
+    dgates = torch.empty_like(gates)
     if N == 0 or steps == 0:
         return dgates
     target = _tiling.target_of(vectors.device)

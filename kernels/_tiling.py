@@ -158,10 +158,7 @@ def programs_each(lengths: Tensor, P: int, target: str) -> int:
         P: directions, 1 or 2.
         target: as for `forward_tile`.
     """
-    if target == "interpreter":
-        multiprocessors = 1
-    else:
-        multiprocessors = torch.cuda.get_device_properties(lengths.device).multi_processor_count
+    multiprocessors = _multiprocessors(lengths.device, target)
     return -(-lengths.shape[0] * P // (_sequences(target) * multiprocessors))
 
 
@@ -181,3 +178,37 @@ def pair_order(lengths: Tensor, B: int, target: str, P: int = 1) -> Tensor | Non
     if programs_each(lengths, P, target) <= 3:
         return None
     return torch.argsort(lengths.view(-1, B).amax(dim=0), descending=True, stable=True)
+
+
+def parts_of_tokens(device: torch.device, target: str, tiles: int, blocks: int) -> int:
+    """Return into how many parts a sum over tokens is split, a power of two up to 32.
+
+    Args:
+        device: that adds.
+        target: as for `forward_tile`.
+        tiles: of the result, each a program.
+        blocks: of tokens, valid or not.
+    """
+    # two programs of eight warps a multiprocessor hide each other's loads; each part is written and
+    # read again, so none is made for less than eight blocks
+    wanted = min(2 * _multiprocessors(device, target) // tiles, blocks // 8, 32)
+    return power_of_two_below(wanted)
+
+
+def power_of_two_below(n: int) -> int:
+    """Return the largest power of two up to n, and at least 1."""
+    return 1 << (max(n, 1).bit_length() - 1)
+
+
+def product_precision(dtype: torch.dtype, allow_tf32: bool, target: str) -> str:
+    """Return what tl.dot is told of the precision of operands of `dtype`."""
+    if dtype != torch.float32 or not target.startswith("sm_"):
+        return "ieee"
+    # as right as float32 to a few bits, and ten times as quick as without matrix instructions
+    return "tf32" if allow_tf32 else "tf32x3"
+
+
+def _multiprocessors(device: torch.device, target: str) -> int:
+    if target == "interpreter":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -33,7 +33,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastsiam.kernels import _tiling
+from fastsiam.kernels import _tiling, weight_gradients
 from fastsiam.kernels._math import in_triton
 from fastsiam.kernels._pack import COLUMNS, WARPS, _pack_kernel
 from fastsiam.kernels.pairwise import _manhattan_pairs_kernel
@@ -62,6 +62,19 @@ PACK = {
     "TRANSPOSED": False,
     "HAS_INPUT": True,
     "HAS_BIAS": True,
+}
+SUM_TOKENS = {
+    "ROWS": weight_gradients.ROWS,
+    "COLUMNS": weight_gradients.COLUMNS,
+    "TOKENS": weight_gradients.TOKENS,
+    "STEPS": weight_gradients.STEPS,
+    "HAS_IDS": True,
+}
+COLLECT = {
+    "UNITS": weight_gradients.UNITS,
+    "COLUMNS": weight_gradients.COLUMNS,
+    "PARTS": 16,
+    "GATES": 4,
 }
 BOTH_WAYS = {"DIRECTIONS": 2}
 MAXIMUM = {"POOLING": "max"}
@@ -109,6 +122,14 @@ KERNELS = {
         _pack_kernel,
         PACK | {"GATES": 3, "TRANSPOSED": True, "HAS_BIAS": False},
     ),
+    "collect": (weight_gradients._collect_kernel, COLLECT),
+    "collect_gru": (weight_gradients._collect_kernel, COLLECT | {"GATES": 3}),
+    # its loop is over tokens
+    "weight_gradients": (weight_gradients._weight_gradients_kernel, SUM_TOKENS),
+    "weight_gradients_dense": (
+        weight_gradients._weight_gradients_kernel,
+        SUM_TOKENS | {"HAS_IDS": False},
+    ),
     # its loop is over features, and H says nothing
     "manhattan_pairs": (_manhattan_pairs_kernel, {"BLOCK_Q": 64, "BLOCK_M": 128}),
 }
@@ -154,6 +175,7 @@ BOUNDS = {
     ("siamese_gru_bwd", "bfloat16", 128, 8): 205,
     ("siamese_gru_bwd", "tf32", 64, 4): 195,
     ("manhattan_pairs", "float32", 64, 4): 165,
+    ("weight_gradients", "bfloat16", 128, 8): 100,
     ("siamese_fwd", "float32", 64, 8): 230,
     ("siamese_fwd", "float32", 128, 8): 490,
     ("siamese_fwd_train", "float32", 64, 8): 258,
@@ -169,9 +191,19 @@ BOUNDS = {
 }
 # where gate gradients are scaled for float16, their largest passes between warps
 SCALED_BARRIERS = 5
-PACKING = ("pack", "pack_transposed", "pack_gru", "pack_gru_transposed")
+# kernels of whole layers, without a step loop, and their warps
+LAYERS = {
+    "pack": WARPS,
+    "pack_transposed": WARPS,
+    "pack_gru": WARPS,
+    "pack_gru_transposed": WARPS,
+    "collect": weight_gradients.WARPS,
+    "collect_gru": weight_gradients.WARPS,
+    "weight_gradients": weight_gradients.WARPS,
+    "weight_gradients_dense": weight_gradients.WARPS,
+}
 VARIANTS = tuple(
-    kernel for kernel in KERNELS if kernel not in (*PLAIN, *GRU, *PACKING, "manhattan_pairs")
+    kernel for kernel in KERNELS if kernel not in (*PLAIN, *GRU, *LAYERS, "manhattan_pairs")
 )
 # of a test run: every bound that is promised on sm_90, and the hardest shape elsewhere
 _QUICK = {
@@ -226,8 +258,7 @@ def tile_of(kernel: str, H: int, dtype: str, target: str, num_warps: int | None)
     tile = choose(H, torch_dtype(dtype), how, target)
     if kernel == "manhattan_pairs":
         num_warps = 4
-    if kernel in PACKING:
-        num_warps = WARPS
+    num_warps = LAYERS.get(kernel, num_warps)
     return tile if num_warps is None else tile._replace(num_warps=num_warps)
 
 
@@ -264,7 +295,10 @@ def compile_job(job: Job) -> Any:
         "states_ptr": element,
         "dgates_ptr": element,
         **{f"{way}{name}_ptr": element for way in ("weight_", "packed_") for name in ("ih", "hh")},
+        **{f"dweight_{name}_ptr": element for name in ("ih", "hh")},
+        "x_ptr": element,
         "bias_ptr": element,
+        "dbias_ptr": element,
         "packed_bias_ptr": element,
         "scale": "fp32",
     }
@@ -275,6 +309,9 @@ def compile_job(job: Job) -> Any:
         "STREAM": job.tile.stream,
         "OPERAND": in_triton(job.tile.operand),
         "PARTS": job.tile.parts,
+        "PRECISION": _tiling.product_precision(
+            torch_dtype(job.dtype), job.dtype == "tf32", job.target
+        ),
         **arithmetic(job.dtype, job.target)._asdict(),
         **flags,
     }
@@ -353,8 +390,10 @@ def jobs(quick: bool) -> list[Job]:
     shapes = [("bfloat16", 128)] if quick else [("bfloat16", 128), ("tf32", 64)]
     plan += [
         (kernel, target, *shape, None)
-        for kernel, target, shape in itertools.product(PACKING, targets, shapes)
+        for kernel, target, shape in itertools.product(LAYERS, targets, shapes)
     ]
+    sums = ("weight_gradients", "weight_gradients_dense")
+    plan += [(k, "sm_80", dtype, 64, None) for k in sums for dtype in ("tf32", "float32")]
     for kernel, dtype in itertools.product(PLAIN[:2], ("bfloat16", "tf32")):
         # what a busy multiprocessor is offered, and tf32 to compare
         plan.append((kernel, "sm_90", dtype, 64, 4))

@@ -14,6 +14,7 @@ ORDER = [
     ("kernels._math",),
     ("kernels._tiling",),
     ("kernels._pack",),
+    ("kernels.weight_gradients",),
     ("kernels._packing",),
     ("kernels._packing_gru",),
     ("kernels._forward", "kernels._backward"),
