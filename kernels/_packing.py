@@ -177,27 +177,17 @@ def _input_gradient(
     """Return the gradient of x from dgates, [P, N * (T + 1), 4 * block]."""
     valid = torch.arange(steps, device=x.device) < lengths.unsqueeze(1)
     if ids is not None and _rows_are_fewer(x, ids):
-        return _times(_sum_by_id(dgates, ids, valid, x.shape[0]), packed_ih)
-    dtokens = _times(_at_tokens(dgates, steps), packed_ih)
+        summed = torch.bmm(_sum_by_id(dgates, ids, valid, x.shape[0]), packed_ih)
+        return summed[0] if len(summed) == 1 else summed.sum(dim=0)
+    at_gaps = torch.bmm(dgates, packed_ih).view(len(dgates), -1, steps + 1, x.shape[1])
+    # gate gradients stand at the gaps before tokens, in the second direction behind them
+    dtokens = at_gaps[0, :, :-1]
+    if len(at_gaps) == 2:
+        dtokens = dtokens + at_gaps[1, :, 1:]
     if ids is None:
         # a token without a step has what memory held
-        return torch.where(valid.view(-1, 1), dtokens, 0)
-    return _sum_by_id(dtokens.unsqueeze(0), ids, valid, x.shape[0])[0]
-
-
-def _times(drows: Tensor, packed_ih: Tensor) -> Tensor:
-    """Return the sum over directions of [P, M, 4 * block] @ [P, 4 * block, D]."""
-    dx = drows[0] @ packed_ih[0]
-    return dx if len(packed_ih) == 1 else torch.addmm(dx, drows[1], packed_ih[1])
-
-
-def _at_tokens(dgates: Tensor, steps: int) -> Tensor:
-    """Return what stands at the gaps before tokens, or after them, [P, N * T, K] by token."""
-    dgates = dgates.view(len(dgates), -1, steps + 1, dgates.shape[2])
-    ahead = dgates[0, :, :-1].flatten(0, 1).unsqueeze(0)
-    if dgates.shape[0] == 1:
-        return ahead
-    return torch.cat((ahead, dgates[1, :, 1:].flatten(0, 1).unsqueeze(0)))
+        return torch.where(valid.unsqueeze(2), dtokens, 0).view(x.shape)
+    return _sum_by_id(dtokens.reshape(1, -1, x.shape[1]), ids, valid, x.shape[0])[0]
 
 
 def _sum_by_id(rows: Tensor, ids: Tensor, valid: Tensor, R: int) -> Tensor:
