@@ -190,7 +190,8 @@ def launch(
         return dgates
     target = _tiling.target_of(vectors.device)
     how = _tiling.arithmetic(vectors.dtype, allow_tf32, target)
-    tile = _tiling.backward_tile(H, vectors.dtype, how, target)
+    each = _tiling.programs_each(lengths, P, target)
+    tile = _tiling.backward_tile(H, vectors.dtype, how, target, each)
     paired = dpair is not None
     B = N // 2 if paired else N
     order = _tiling.pair_order(lengths, B, target, P)

@@ -69,7 +69,7 @@ def forward_tile(H: int, dtype: torch.dtype, how: Arithmetic, target: str, each:
         dtype: float32, float16 or bfloat16.
         how: what `arithmetic` gives.
         target: "sm_90" and so on.
-        each: programs that a multiprocessor gets; see `programs_each`.
+        each: programs of 8 sequences that a multiprocessor gets; see `programs_each`.
     """
     block, (operand, parts) = block_h(H), _operand(dtype, how)
     passing = 4 * block * block * operand.itemsize
@@ -99,7 +99,7 @@ def _forward_warps(block: int, parts: int, target: str, each: int) -> int:
     return 8
 
 
-def backward_tile(H: int, dtype: torch.dtype, how: Arithmetic, target: str) -> Tile:
+def backward_tile(H: int, dtype: torch.dtype, how: Arithmetic, target: str, each: int = 1) -> Tile:
     """Return the tile of the backward kernels; arguments as for `forward_tile`."""
     block, (operand, parts) = block_h(H), _operand(dtype, how)
     if dtype == torch.float32 and parts == 1 and block <= 64:
@@ -110,7 +110,19 @@ def backward_tile(H: int, dtype: torch.dtype, how: Arithmetic, target: str) -> T
     passing = 2 * block * block * operand.itemsize
     stream = _streams(block, operand, parts, target, passing, exchange=4 * block)
     # the accumulator has one row a unit, so a warp holds 16 units: 2, 4 or 8 warps cover the block
-    return Tile(block, _sequences(target), block // 16, stream, operand, parts)
+    sequences = _backward_sequences(block, dtype, target, each)
+    return Tile(block, sequences, block // 16, stream, operand, parts)
+
+
+def _backward_sequences(block: int, dtype: torch.dtype, target: str, each: int) -> int:
+    # where programs queue for a multiprocessor, 16 sequences in half precision share the matrix
+    # instructions and barriers of a step: 81 estimated clocks a sequence instead of 120 at block
+    # 128, of which one program fits, and 32 instead of 37 at 64, of which three do. Elsewhere they
+    # spill, or the compiler fails (sm_100)
+    fit = 1 if block == 128 else 3
+    if target == "sm_90" and dtype != torch.float32 and block > 32 and each > fit:
+        return 16
+    return _sequences(target)
 
 
 def block_h(H: int) -> int:

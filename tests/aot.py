@@ -189,6 +189,13 @@ BOUNDS = {
     ("siamese_gru_bwd", "float32", 64, 4): 270,
     ("siamese_gru_bwd", "float32", 128, 8): 355,
 }
+# the same with 16 sequences a program, where programs queue
+BOUNDS_16 = {
+    ("siamese_bwd", "bfloat16", 64, 4): 295,
+    ("siamese_bwd", "bfloat16", 128, 8): 345,
+    ("siamese_gru_bwd", "bfloat16", 64, 4): 300,
+    ("siamese_gru_bwd", "bfloat16", 128, 8): 330,
+}
 # where gate gradients are scaled for float16, their largest passes between warps
 SCALED_BARRIERS = 5
 # kernels of whole layers, without a step loop, and their warps
@@ -251,11 +258,13 @@ class Row:
     loop_shared_loads: int | None = None  # h alone where registers hold W_hh
 
 
-def tile_of(kernel: str, H: int, dtype: str, target: str, num_warps: int | None) -> _tiling.Tile:
+def tile_of(
+    kernel: str, H: int, dtype: str, target: str, num_warps: int | None, each: int = 1
+) -> _tiling.Tile:
     """Return the tile that `_tiling.py` gives, or the same with another number of warps."""
     how = arithmetic(dtype, target)
     choose = _tiling.backward_tile if "_bwd" in kernel else _tiling.forward_tile
-    tile = choose(H, torch_dtype(dtype), how, target)
+    tile = choose(H, torch_dtype(dtype), how, target, each)
     if kernel == "manhattan_pairs":
         num_warps = 4
     num_warps = LAYERS.get(kernel, num_warps)
@@ -409,10 +418,16 @@ def jobs(quick: bool) -> list[Job]:
             [("bfloat16", 64)] if quick else [("bfloat16", 64), ("bfloat16", 128), ("tf32", 64)]
         )
         plan += [(kernel, "sm_90", dtype, H, None) for dtype, H in shapes]
-    return [
+    found = [
         Job(kernel, target, dtype, tile_of(kernel, H, dtype, target, num_warps))
         for kernel, target, dtype, H, num_warps in plan
     ]
+    # where programs queue for a multiprocessor
+    backward = [kernel for kernel in KERNELS if "_bwd" in kernel]
+    for kernel, dtype, H in itertools.product(backward, ("bfloat16", "float16"), (64, 128)):
+        if not quick or (kernel in (PLAIN[2], GRU[2]) and dtype == "bfloat16"):
+            found.append(Job(kernel, "sm_90", dtype, tile_of(kernel, H, dtype, "sm_90", None, 99)))
+    return found
 
 
 def barriers_of(kernel: str, dtype: str, H: int) -> int:
@@ -432,7 +447,8 @@ def faults(row: Row) -> list[str]:
     promised = not (row.streamed and row.target.startswith("gfx"))
     if promised and (row.spill_bytes > 16 or row.loop_spills):
         found.append(f"{row.spill_bytes} bytes of spilled registers")
-    bound = BOUNDS.get((row.kernel, row.dtype, row.H, row.num_warps))
+    bounds = BOUNDS if row.sequences == 8 else BOUNDS_16
+    bound = bounds.get((row.kernel, row.dtype, row.H, row.num_warps))
     if bound is not None and row.target == "sm_90":
         length, barriers = row.loop_instructions, row.loop_barriers
         most = barriers_of(row.kernel, row.dtype, row.H)

@@ -92,19 +92,3 @@ def test_sums_over_tokens(triton, monkeypatch, N, T, D, H, P, dtype, ids, gates,
         assert a.dtype == dtype
         assert_accurate(name, a, same_dtype, truth, torch.finfo(dtype).eps)
         assert torch.equal(a, b), name
-
-
-def test_tokens_are_split_for_the_multiprocessors(monkeypatch):
-    tiling = pytest.importorskip("fastsiam.kernels._tiling", reason="triton is not installed")
-    monkeypatch.setattr(tiling, "_multiprocessors", lambda *_: 132)
-    device = torch.device("cuda")
-
-    def parts(tiles, blocks):
-        return tiling.parts_of_tokens(device, "sm_90", tiles, blocks)
-
-    # 32 pairs of 73 tokens, 300 features and 50 units; one pair; 16k pairs; large weights
-    assert parts(12, 160) == 16
-    assert parts(12, 10) == 1
-    assert parts(28, 32768) == 8
-    assert parts(2112, 8192) == 1
-    assert parts(2, 10**6) == 32
