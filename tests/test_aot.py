@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed, so there is nothing to compile")
 
-from aot import BOUNDS, BOUNDS_16, GRU, PLAIN, barriers_of
+from aot import BOUNDS, BOUNDS_16, GRU, KERNELS, PLAIN, barriers_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -71,3 +71,13 @@ def test_recurrent_weight_is_not_read_in_the_loop(rows, kernel):
 
 def test_hidden_sizes_of_one_block_have_rows_of_their_own(rows):
     assert {50, 64, 128} <= {row["H"] for row in rows[0]}
+
+
+def test_what_is_launched_compiles():
+    """With all that a launch specialises on, and for the launchers' own arguments."""
+    command = [sys.executable, str(ROOT / "tests" / "launches.py"), "--quick"]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-4000:]
+    launched = {line.split(":")[0] for line in done.stdout.splitlines()}
+    assert launched == {function.__name__ for function, _ in KERNELS.values()}
