@@ -197,7 +197,7 @@ def launch(
     order = _tiling.pair_order(lengths, B, target, P)
     words = _packing.table_dtype(vectors.dtype)
     records = {"cells_ptr": cells.view(words), "states_ptr": states}
-    kernel[(triton.cdiv(N, tile.sequences), P)](
+    kernel[(_tiling.cdiv(N, tile.sequences), P)](
         dpair_ptr=vectors if dpair is None else dpair,
         dvectors_ptr=vectors if dvectors is None else dvectors,
         doutputs_ptr=vectors if doutputs is None else doutputs,

@@ -179,7 +179,7 @@ def launch(
     tile = _tiling.forward_tile(H, dtype, how, target, each)
     order = _tiling.pair_order(lengths, B, target, P)
     records = {"gates_ptr": gates, "cells_ptr": cells, "states_ptr": states}
-    kernel[(triton.cdiv(N, tile.sequences), P)](
+    kernel[(_tiling.cdiv(N, tile.sequences), P)](
         table_ptr=table,
         weight_ptr=weight,
         ids_ptr=lengths if ids is None else ids,

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastsiam.kernels._math import _low
-from fastsiam.kernels._tiling import block_h
+from fastsiam.kernels._tiling import block_h, cdiv
 
 # columns of the input's weight that a program packs
 COLUMNS = 64
@@ -136,7 +136,7 @@ def pack(
     D = 0 if weight_ih is None else weight_ih.shape[2]
     packed_ih = weight_hh.new_empty(P, 4 * block, D)
     packed_bias = weight_hh.new_empty((P, 4 * block) if bias is not None else 0)
-    _pack_kernel[(4 * P, 1 + triton.cdiv(D, COLUMNS))](
+    _pack_kernel[(4 * P, 1 + cdiv(D, COLUMNS))](
         weight_ih_ptr=weight_hh if weight_ih is None else weight_ih.contiguous(),
         weight_hh_ptr=weight_hh.contiguous(),
         bias_ptr=weight_hh if bias is None else bias.contiguous(),

@@ -207,6 +207,11 @@ def parts_of_tokens(device: torch.device, target: str, tiles: int, blocks: int) 
     return power_of_two_below(wanted)
 
 
+def cdiv(n: int, size: int) -> int:
+    """Return how many pieces of `size` hold n: triton.cdiv, some microseconds sooner."""
+    return -(-n // size)
+
+
 def power_of_two_below(n: int) -> int:
     """Return the largest power of two up to n, and at least 1."""
     return 1 << (max(n, 1).bit_length() - 1)

@@ -272,8 +272,8 @@ def products_over_tokens(
         return dweight_ih, dweight_hh, dbias
     target = _tiling.target_of(x.device)
     how = _tiling.arithmetic(x.dtype, allow_tf32, target)
-    tall, wide = 4 * block // ROWS, triton.cdiv(block, COLUMNS) + triton.cdiv(D + 1, COLUMNS)
-    groups, times = triton.cdiv(N, TOKENS // STEPS), triton.cdiv(steps, STEPS)
+    tall, wide = 4 * block // ROWS, _tiling.cdiv(block, COLUMNS) + _tiling.cdiv(D + 1, COLUMNS)
+    groups, times = _tiling.cdiv(N, TOKENS // STEPS), _tiling.cdiv(steps, STEPS)
     parts = _tiling.parts_of_tokens(x.device, target, tall * wide * P, groups * times)
     of_sequences = min(parts, _tiling.power_of_two_below(groups))
     sums = x.new_empty((parts, P, 4 * block, wide * COLUMNS), dtype=torch.float32)
@@ -300,7 +300,7 @@ def products_over_tokens(
         PRECISION=_tiling.product_precision(x.dtype, allow_tf32, target),
         num_warps=WARPS,
     )
-    _collect_kernel[(4 * P, wide, triton.cdiv(H, UNITS))](
+    _collect_kernel[(4 * P, wide, _tiling.cdiv(H, UNITS))](
         sums_ptr=sums,
         factors_ptr=factors,
         dweight_ih_ptr=dweight_ih,
