@@ -10,7 +10,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 GPU_PYTHON ?= python3
 GPU_WORKERS ?= 4
 GPU_TESTS_1 := $(addprefix tests/test_,siamese_lstm.py ops.py)
-GPU_TESTS_2 := $(addprefix tests/test_,siamese_gru.py packing.py module.py layers.py recompute.py large_offsets.py topk.py \
+GPU_TESTS_2 := $(addprefix tests/test_,siamese_gru.py packing.py weight_gradients.py tiling.py module.py layers.py recompute.py large_offsets.py topk.py \
 	graph.py backend_choice.py bad_input.py reference.py benchmarks.py)
 
 BENCH := benchmarks --benchmark-only --save-results --benchmark-columns=median,iqr,rounds
@@ -22,7 +22,7 @@ help:
 	@echo "make demo           train, evaluate and query a small model on pairs that ship with the package"
 	@echo "make test           the test suite"
 	@echo "make check          the gate: format, lint, types, tests, report in step"
-	@echo "make aot            compile every kernel for every target and print the table (needs no GPU)"
+	@echo "make aot            compile every kernel for every target, print the table, compile what is launched (needs no GPU)"
 	@echo "make gpu            on a GPU machine: gpu-test, gpu-sanitize, gpu-bench, each in steps of minutes"
 	@echo "make gpu-auto       on a GPU machine: measure where backend=\"auto\" takes nn.LSTM"
 	@echo "make bench          measure this machine into benchmarks/results/"
@@ -49,8 +49,10 @@ aot: $(VENV)/.made-test
 ifdef TRITON
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/triton-$(TRITON) triton==$(TRITON)
 	PYTHONPATH=build/triton-$(TRITON) $(BIN)/python tests/aot.py --json build/aot-$(TRITON).json
+	PYTHONPATH=build/triton-$(TRITON) $(BIN)/python tests/launches.py
 else
 	$(BIN)/python tests/aot.py
+	$(BIN)/python tests/launches.py
 endif
 
 gpu: gpu-test gpu-sanitize gpu-bench

@@ -206,7 +206,7 @@ def gradients(
             allow_tf32,
         )
         found: tuple[Tensor, Tensor, Tensor, Tensor] = packing.weight_gradients(
-            dgates, saved.states, x, ids, lengths, packed_ih, weight_hh.shape[2], steps
+            dgates, saved.states, x, ids, lengths, packed_ih, weight_hh.shape[2], steps, allow_tf32
         )
         return found
     dtype = saved.gates.dtype

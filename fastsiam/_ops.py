@@ -18,11 +18,14 @@ from fastsiam import _layer, _topk, batched
 
 Fake = TypeVar("Fake", bound=Callable[..., Any])
 
+_LIBRARY = torch.library.Library("fastsiam", "FRAGMENT")
+
 
 def _operator(compute: Callable[..., Any]) -> Callable[..., Any]:
-    """Register a function that never has a gradient.
+    """Register a function as an operator of the same name.
 
-    A custom_op would do, but its first call imports the compiler, two seconds of a command's life.
+    A custom_op would do, but its first call imports the compiler, two seconds of a command's life,
+    and every call goes through several functions of its own.
     """
     name = compute.__name__
     schema = torch.library.infer_schema(compute, mutates_args=())
@@ -199,7 +202,7 @@ def _(
     return _fake_outputs(x, lengths, P * H, steps, paired, keep_outputs, x.dtype)
 
 
-@torch.library.custom_op("fastsiam::siamese_fwd", mutates_args=())
+@_operator
 def siamese_fwd(
     x: Tensor,
     ids: Tensor | None,
@@ -262,7 +265,7 @@ def siamese_fwd(
     )
 
 
-@siamese_fwd.register_fake
+@_fake_of("siamese_fwd")
 def _(
     x: Tensor,
     ids: Tensor | None,
@@ -294,7 +297,7 @@ def _(
     return (*outputs, gates, c, states, peaks)
 
 
-@torch.library.custom_op("fastsiam::siamese_bwd", mutates_args=())
+@_operator
 def siamese_bwd(
     dsim: Tensor | None,
     ddistance: Tensor | None,
@@ -324,13 +327,15 @@ def siamese_bwd(
     cell: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of x (empty unless need_dx), weight_ih, weight_hh, bias and scale."""
+    """Return the gradients of x (empty unless need_dx), weights, bias and a learned scale."""
     factor: Tensor | float = scale if learned_scale is None else learned_scale.to(sim.dtype)
     # what reaches L1 of a pair, from the similarity and from L1 itself
     dpair = None if dsim is None else dsim * sim * -factor
     if ddistance is not None:
         dpair = ddistance if dpair is None else dpair + ddistance
-    if dsim is None or learned_scale is None:
+    if learned_scale is None:
+        dscale = sim.new_empty(0)
+    elif dsim is None:
         dscale = sim.new_zeros(1)
     else:
         dscale = -(dsim * sim * distance).sum().reshape(1)
@@ -346,7 +351,7 @@ def siamese_bwd(
     return *grads, dscale
 
 
-@siamese_bwd.register_fake
+@_fake_of("siamese_bwd")
 def _(
     dsim: Tensor | None,
     ddistance: Tensor | None,
@@ -383,69 +388,105 @@ def _(
         torch.empty_like(weight_ih),
         torch.empty_like(weight_hh),
         weight_hh.new_empty(P, 4 * H),
-        sim.new_empty(1),
+        sim.new_empty(0 if learned_scale is None else 1),
     )
 
 
-def _siamese_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, ids, lengths, mask, weight_ih, weight_hh, bias, learned_scale = inputs[:8]
-    ctx.scale, ctx.steps, ctx.pooling, _, _, *ctx.how = inputs[8:]
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[4:])
-    similarity, distance, h, _, *saved = output
-    ctx.save_for_backward(
-        x,
-        ids,
-        lengths,
-        mask,
-        weight_ih,
-        weight_hh,
-        bias,
-        learned_scale,
-        similarity,
-        distance,
-        h,
-        *saved,
-    )
+class _Siamese(torch.autograd.Function):
+    """The gradient of `siamese_fwd`.
+
+    `register_autograd` makes such a class too, but one whose forward lists the schema's arguments
+    anew for each of them: 0.1 ms a call.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, keys: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        output = _below_autograd(siamese_fwd, keys, inputs)
+        x, ids, lengths, mask, weight_ih, weight_hh, bias, learned_scale = inputs[:8]
+        ctx.scale, ctx.steps, ctx.pooling, _, _, *ctx.how = inputs[8:]
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*output[4:])
+        similarity, distance, h, _, *saved = output
+        ctx.save_for_backward(
+            x,
+            ids,
+            lengths,
+            mask,
+            weight_ih,
+            weight_hh,
+            bias,
+            learned_scale,
+            similarity,
+            distance,
+            h,
+            *saved,
+        )
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, ids, lengths, mask, weight_ih, weight_hh, bias, learned_scale, *rest = ctx.saved_tensors
+        reached = [None if g is None else g.contiguous() for g in grads[:4]]
+        need = ctx.needs_input_grad
+        if all(g is None for g in reached):
+            return (None,) * len(need)
+        need = need[1:]
+        dx, dweight_ih, dweight_hh, dbias, dscale = siamese_bwd(
+            *reached,
+            x,
+            ids,
+            lengths,
+            mask,
+            weight_ih,
+            weight_hh,
+            bias,
+            learned_scale,
+            *rest,
+            ctx.scale,
+            ctx.steps,
+            ctx.pooling,
+            need[0],
+            *ctx.how,
+        )
+        return (
+            None,
+            dx if need[0] else None,
+            None,
+            None,
+            None,
+            dweight_ih,
+            dweight_hh,
+            dbias if need[6] else None,
+            dscale.reshape(learned_scale.shape).to(learned_scale.dtype) if need[7] else None,
+            *(None,) * 9,
+        )
 
 
-def _siamese_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    x, ids, lengths, mask, weight_ih, weight_hh, bias, learned_scale, *outputs = ctx.saved_tensors
-    reached = [None if g is None else g.contiguous() for g in grads[:4]]
-    need = ctx.needs_input_grad
-    if all(g is None for g in reached):
-        return (None,) * len(need)
-    dx, dweight_ih, dweight_hh, dbias, dscale = siamese_bwd(
-        *reached,
-        x,
-        ids,
-        lengths,
-        mask,
-        weight_ih,
-        weight_hh,
-        bias,
-        learned_scale,
-        *outputs,
-        ctx.scale,
-        ctx.steps,
-        ctx.pooling,
-        need[0],
-        *ctx.how,
-    )
-    return (
-        dx if need[0] else None,
-        None,
-        None,
-        None,
-        dweight_ih,
-        dweight_hh,
-        dbias if need[6] else None,
-        dscale.reshape(learned_scale.shape).to(learned_scale.dtype) if need[7] else None,
-        *(None,) * 9,
-    )
+class _SiameseGradient(torch.autograd.Function):
+    """Says of the gradient of `siamese_bwd` that there is none."""
+
+    @staticmethod
+    def forward(_: Any, keys: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        return _below_autograd(siamese_bwd, keys, inputs)
+
+    @staticmethod
+    def backward(*_: Any) -> Any:
+        raise RuntimeError(
+            "siamese_bwd: a gradient cannot be differentiated again; pass backend='reference'"
+        )
 
 
-siamese_fwd.register_autograd(_siamese_backward, setup_context=_siamese_setup_context)
+def _below_autograd(operator: Any, keys: Any, inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """Call an operator as it is registered for all devices, out of what it has for autograd."""
+    with torch._C._AutoDispatchBelowAutograd():
+        output: tuple[Tensor, ...] = operator.redispatch(
+            keys & torch._C._after_autograd_keyset, *inputs
+        )
+    return output
+
+
+_LIBRARY.impl("siamese_fwd", _Siamese.apply, "Autograd", with_keyset=True)
+_LIBRARY.impl("siamese_bwd", _SiameseGradient.apply, "Autograd", with_keyset=True)
 
 
 @_operator

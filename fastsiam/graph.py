@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastsiam.functional import Lengths
@@ -20,7 +21,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 def squared_error(similarity: Tensor, target: Tensor) -> Tensor:
     """Return (similarity - target)^2 of each pair, [B]."""
-    return (similarity - target).square()
+    return F.mse_loss(similarity, target, reduction="none")
 
 
 class GraphedStep:
@@ -32,8 +33,8 @@ class GraphedStep:
     runs eagerly, from the same buffers.
 
     The graph is of B pairs and T time steps and takes every batch up to that: lengths stay on the
-    device, and a smaller batch is filled up with pairs of length 0, which the loss leaves out. A
-    step does what the eager step of its batch does, to rounding.
+    device, and a smaller batch is filled up with its first pair, which then counts once all the
+    same. A step does what the eager step of its batch does, to rounding.
 
     A graph repeats what was captured. A learning rate that a schedule changes must therefore be a
     tensor on the device, `Adam(..., lr=torch.tensor(1e-3, device="cuda"), capturable=True)`; a
@@ -81,9 +82,13 @@ class GraphedStep:
         (self.device,) = devices
         if self.device.type == "cuda" and (obstacle := capture_obstacle(optimizer)):
             raise ValueError(f"GraphedStep: {obstacle}")
-        self._places = torch.arange(B, device=self.device)
-        self._count = torch.zeros((), dtype=torch.int64, device=self.device)
-        self._lengths = tuple(torch.zeros_like(self._places) for _ in range(2))
+        # 1 for a pair of the batch, 0 for one that fills it up; and how many are its own
+        self._counts = torch.ones(B, device=self.device)
+        self._count = torch.full((), B, dtype=torch.int64, device=self.device)
+        self._pairs = B
+        self._lengths = tuple(
+            torch.zeros(B, dtype=torch.int64, device=self.device) for _ in range(2)
+        )
         self._sides: tuple[Tensor, ...] = ()
         self._target: Tensor | None = None
         self._done = 0
@@ -168,12 +173,18 @@ class GraphedStep:
                     f"got {list(side.shape)} of {side.dtype}"
                 )
             buffer[:B, : side.shape[1]].copy_(side, non_blocking=True)
+            _fill_up(buffer, B)
         for name, valid, given, side in zip(
             ("left", "right"), self._lengths, lengths, sides, strict=True
         ):
             _load_lengths(name, valid, given, B, side.shape[1])
         self._target[:B].copy_(target, non_blocking=True)
-        self._count.fill_(B)
+        _fill_up(self._target, B)
+        if B != self._pairs:
+            self._pairs = B
+            self._counts[:B].fill_(1)
+            self._counts[B:].zero_()
+            self._count.fill_(B)
 
     def _step(self) -> Tensor:
         """Run one step on what the buffers hold."""
@@ -187,20 +198,13 @@ class GraphedStep:
             enabled=torch.is_autocast_enabled(device),
             cache_enabled=False,
         ):
-            similarity = self.module(*self._sides, *self._lengths)
-            real = self._places < self._count
-            # the first pair's values in place of those of pairs that fill up: whatever the loss is,
-            # it and its gradient are then finite where the batch's are
-            losses = self.loss(
-                torch.where(real, similarity, similarity[:1]),
-                torch.where(real, self._target, self._target[:1]),
-            )
+            losses = self.loss(self.module(*self._sides, *self._lengths), self._target)
         if losses.shape != (self.B,):
             raise ValueError(
                 f"GraphedStep: loss must return one value a pair, [{self.B}], "
                 f"got {list(losses.shape)}; most losses do with reduction='none'"
             )
-        loss = torch.where(real, losses, 0).sum() / self._count
+        loss = (losses * self._counts).sum() / self._count
         loss.backward()
         if self.clip is not None:
             nn.utils.clip_grad_norm_(self._trained, self.clip)
@@ -247,10 +251,9 @@ class GraphedStep:
 
 
 def _load_lengths(name: str, buffer: Tensor, given: Lengths, B: int, T: int) -> None:
-    """Write lengths of B sequences of T steps to the buffer, and 0 behind them."""
-    buffer[B:].zero_()
+    """Write lengths of B sequences of T steps to the buffer, and the first of them behind."""
     if given is None:
-        buffer[:B].fill_(T)
+        buffer.fill_(T)
         return
     lengths = given if isinstance(given, Tensor) else torch.as_tensor(given)
     if lengths.shape != (B,) or lengths.is_floating_point():
@@ -265,6 +268,13 @@ def _load_lengths(name: str, buffer: Tensor, given: Lengths, B: int, T: int) -> 
             f"got {int(lengths.min())} to {int(lengths.max())}"
         )
     buffer[:B].copy_(lengths, non_blocking=True)
+    _fill_up(buffer, B)
+
+
+def _fill_up(buffer: Tensor, B: int) -> None:
+    """Repeat the buffer's first row behind its first B: finite wherever the batch is."""
+    if len(buffer) > B:
+        buffer[B:].copy_(buffer[:1].expand_as(buffer[B:]))
 
 
 def capture_obstacle(optimizer: torch.optim.Optimizer) -> str:

@@ -181,22 +181,23 @@ def launch(
         gates, cells, states, peaks: the forward's records.
 
     Returns:
-        Gate gradients in the packing's order and scaling, zero where no step was.
+        Gate gradients in the packing's order and scaling; where no step was stands anything.
     """
     N, P = vectors.shape[0], weight.shape[0]
     H = vectors.shape[1] // P
-    dgates = torch.zeros_like(gates)
+    dgates = torch.empty_like(gates)
     if N == 0 or steps == 0:
         return dgates
     target = _tiling.target_of(vectors.device)
     how = _tiling.arithmetic(vectors.dtype, allow_tf32, target)
-    tile = _tiling.backward_tile(H, vectors.dtype, how, target)
+    each = _tiling.programs_each(lengths, P, target)
+    tile = _tiling.backward_tile(H, vectors.dtype, how, target, each)
     paired = dpair is not None
     B = N // 2 if paired else N
     order = _tiling.pair_order(lengths, B, target, P)
     words = _packing.table_dtype(vectors.dtype)
     records = {"cells_ptr": cells.view(words), "states_ptr": states}
-    kernel[(triton.cdiv(N, tile.sequences), P)](
+    kernel[(_tiling.cdiv(N, tile.sequences), P)](
         dpair_ptr=vectors if dpair is None else dpair,
         dvectors_ptr=vectors if dvectors is None else dvectors,
         doutputs_ptr=vectors if doutputs is None else doutputs,

@@ -168,9 +168,7 @@ def launch(
     # zero behind a sequence's end, where no step writes
     outputs = vectors.new_zeros((N, steps, P * H) if store_outputs else 0)
     shapes = record_shapes(N, steps, H, P) if store_records else ((0,),) * 3
-    gates, cells = (vectors.new_empty(shape) for shape in shapes[:2])
-    # read whole by the weight's gradient, so what no step writes is zero
-    states = vectors.new_zeros(shapes[2])
+    gates, cells, states = (vectors.new_empty(shape) for shape in shapes)
     wants_peaks = store_records and pooling == "max"
     peaks = torch.empty_like(vectors if wants_peaks else vectors[:0, 0], dtype=torch.int32)
     if nothing:
@@ -181,7 +179,7 @@ def launch(
     tile = _tiling.forward_tile(H, dtype, how, target, each)
     order = _tiling.pair_order(lengths, B, target, P)
     records = {"gates_ptr": gates, "cells_ptr": cells, "states_ptr": states}
-    kernel[(triton.cdiv(N, tile.sequences), P)](
+    kernel[(_tiling.cdiv(N, tile.sequences), P)](
         table_ptr=table,
         weight_ptr=weight,
         ids_ptr=lengths if ids is None else ids,

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastsiam.kernels._math import _low
-from fastsiam.kernels._tiling import NARROW, block_h
+from fastsiam.kernels._tiling import NARROW, block_h, cdiv
 from fastsiam.kernels._tiling_wide import forward_units
 
 # columns of the input's weight that a program packs, and units at most
@@ -154,7 +154,7 @@ def pack(
     D = 0 if weight_ih is None else weight_ih.shape[2]
     packed_ih = weight_hh.new_empty(P, 4 * block, D)
     packed_bias = weight_hh.new_empty((P, 4 * block) if bias is not None else 0)
-    _pack_kernel[(4 * P, block // units + triton.cdiv(D, COLUMNS), block // units)](
+    _pack_kernel[(4 * P, block // units + cdiv(D, COLUMNS), block // units)](
         weight_ih_ptr=weight_hh if weight_ih is None else weight_ih.contiguous(),
         weight_hh_ptr=weight_hh.contiguous(),
         bias_ptr=weight_hh if bias is None else bias.contiguous(),

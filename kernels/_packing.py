@@ -19,6 +19,7 @@ from torch import Tensor
 from fastsiam.kernels import _tiling
 from fastsiam.kernels._pack import pack
 from fastsiam.kernels._tiling import NARROW, block_h
+from fastsiam.kernels.weight_gradients import products_over_tokens
 
 _INPUT = (0.5, 0.5, 1.0, 0.5)  # of a pre-activation, gates i, f, g, o
 _GRADIENT = (0.25, 0.25, 0.5, 0.5)  # of a stored gate gradient
@@ -122,13 +123,18 @@ def token_rows(
         The vocabulary and the ids where it has no more rows than the batch has tokens; else a
         row a token and None, those of the padding finite whatever x and ids hold there.
     """
-    if ids is not None and x.shape[0] <= ids.numel():
+    if ids is not None and _rows_are_fewer(x, ids):
         return x, ids
     valid = torch.arange(steps, device=x.device) < lengths.unsqueeze(1)
     if ids is None:
         return torch.where(valid.view(-1, 1), x, 0), None
     kept = torch.where(valid, ids, 0).clamp(0, x.shape[0] - 1)
     return F.embedding(kept.view(-1), x), None
+
+
+def _rows_are_fewer(x: Tensor, ids: Tensor) -> bool:
+    """Return whether a vocabulary has no more rows than a batch has tokens, valid or not."""
+    return x.shape[0] <= ids.numel()
 
 
 def weight_gradients(
@@ -140,61 +146,63 @@ def weight_gradients(
     packed_ih: Tensor | None,
     H: int,
     steps: int,
+    allow_tf32: bool,
     of_gates: tuple[float, ...] = _GRADIENT,
+    gates: int = 4,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Turn the kernel's gate gradients into gradients of the weights.
+    """Turn the kernel's gate gradients into gradients of the weights and of x.
 
     Args:
-        dgates, states: see `record_shapes`; gate gradients are zero where no step was, states are
-            2h, and finite.
+        dgates, states: see `record_shapes`; states are 2h.
         x, ids: the rows and ids that the forward projected, as given to the operator.
         lengths: [N].
         packed_ih: of `pack_backward`, or None where the gradient of x is not wanted.
         H: hidden size.
         steps: T.
+        allow_tf32: whether float32 products may be rounded to tf32.
         of_gates: what a stored gate gradient counts, gate by gate.
+        gates: of the weights, 4, or 3 in a GRU's.
 
     Returns:
-        dx (like x, or empty), dweight_ih, dweight_hh, dbias [P, 4H].
+        dx (like x, or empty), dweight_ih [P, gates * H, D], dweight_hh [P, gates * H, H], dbias
+        [P, 4H].
     """
-    N, P = lengths.shape[0], dgates.shape[0]
-    dgates = dgates.flatten(2)
-    # halved because the states are 2h
-    gates_by_h = torch.bmm(dgates.transpose(1, 2), states)[:, :, :H]
-    dweight_hh = _unpack(gates_by_h, H, _halved(of_gates))
-    rows, row_ids = token_rows(x, ids, lengths, steps)
-    if row_ids is None:
-        drows = _at_tokens(dgates.view(P, N, steps + 1, dgates.shape[2]))
-    else:
-        drows = _sum_by_id(dgates, row_ids, lengths, rows.shape[0])
-    dweight_ih = _unpack(torch.bmm(drows.transpose(1, 2), rows.expand(P, -1, -1)), H, of_gates)
-    dbias = _unpack(drows.sum(dim=1, dtype=torch.float32).unsqueeze(2), H, of_gates).squeeze(2)
+    factors = _factors(of_gates, x.device, torch.float32)
+    of_weights = products_over_tokens(
+        dgates, states, x, ids, lengths, factors, H, gates, steps, allow_tf32
+    )
     dx = x.new_empty(0)
     if packed_ih is not None:
-        dx = drows[0] @ packed_ih[0]
-        if P == 2:
-            dx = torch.addmm(dx, drows[1], packed_ih[1])
-        if row_ids is None and ids is not None:
-            dx = _sum_by_id(dx.unsqueeze(0), ids, lengths, x.shape[0])[0]
-    return dx, dweight_ih, dweight_hh, dbias.to(x.dtype)
+        dx = _input_gradient(dgates.flatten(2), packed_ih, x, ids, lengths, steps)
+    return dx, *of_weights
 
 
-def _at_tokens(dgates: Tensor) -> Tensor:
-    """Return what stands at the gaps before tokens, or after them, [P, N * T, K] by token."""
-    ahead = dgates[0, :, :-1].flatten(0, 1).unsqueeze(0)
-    if dgates.shape[0] == 1:
-        return ahead
-    return torch.cat((ahead, dgates[1, :, 1:].flatten(0, 1).unsqueeze(0)))
+def _input_gradient(
+    dgates: Tensor, packed_ih: Tensor, x: Tensor, ids: Tensor | None, lengths: Tensor, steps: int
+) -> Tensor:
+    """Return the gradient of x from dgates, [P, N * (T + 1), 4 * block]."""
+    valid = torch.arange(steps, device=x.device) < lengths.unsqueeze(1)
+    if ids is not None and _rows_are_fewer(x, ids):
+        summed = torch.bmm(_sum_by_id(dgates, ids, valid, x.shape[0]), packed_ih)
+        return summed[0] if len(summed) == 1 else summed.sum(dim=0)
+    at_gaps = torch.bmm(dgates, packed_ih).view(len(dgates), -1, steps + 1, x.shape[1])
+    # gate gradients stand at the gaps before tokens, in the second direction behind them
+    dtokens = at_gaps[0, :, :-1]
+    if len(at_gaps) == 2:
+        dtokens = dtokens + at_gaps[1, :, 1:]
+    if ids is None:
+        # a token without a step has what memory held
+        return torch.where(valid.unsqueeze(2), dtokens, 0).view(x.shape)
+    return _sum_by_id(dtokens.reshape(1, -1, x.shape[1]), ids, valid, x.shape[0])[0]
 
 
-def _sum_by_id(rows: Tensor, ids: Tensor, lengths: Tensor, R: int) -> Tensor:
+def _sum_by_id(rows: Tensor, ids: Tensor, valid: Tensor, R: int) -> Tensor:
     """Add up the rows of the valid tokens of each id, [P, N * T, K] to [P, R, K].
 
     Rows may stand at gaps too, [P, N * (T + 1), K]. Without atomics: the gradient of torch's
-    embedding sorts by id, so sums are repeatable.
+    embedding sorts by id, so sums are repeatable. Rows of other tokens are not read.
     """
     P, none = rows.shape[0], rows.shape[0] * R
-    valid = torch.arange(ids.shape[1], device=ids.device) < lengths.unsqueeze(1)
     ids = ids.clamp(0, R - 1)
     targets = torch.where(valid, ids, none)
     if rows.shape[1] > ids.numel():
@@ -209,18 +217,5 @@ def _sum_by_id(rows: Tensor, ids: Tensor, lengths: Tensor, R: int) -> Tensor:
     return summed[:none].view(P, R, rows.shape[2])
 
 
-def _halved(of_gates: tuple[float, ...]) -> tuple[float, ...]:
-    return tuple(0.5 * factor for factor in of_gates)
-
-
 def _words(dtype: torch.dtype, values: int) -> int:
     return values if dtype == torch.float32 else values // 2
-
-
-def _unpack(packed: Tensor, H: int, of_gates: tuple[float, ...]) -> Tensor:
-    """Return [P, block * 4, K] gate gradients as [P, 4H, K] in PyTorch's order, true to size."""
-    P, _, K = packed.shape
-    gates = packed.view(P, -1, 4, K)[:, :H].transpose(1, 2)
-    unpacked = gates.new_empty(gates.shape)
-    torch.mul(gates, _factors(of_gates, packed.device, packed.dtype), out=unpacked)
-    return unpacked.view(P, 4 * H, K)

@@ -9,7 +9,6 @@ gate is (1 + tanh) / 2. What the backward stores is the gradient of the gates so
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from fastsiam.kernels import _packing
@@ -46,14 +45,9 @@ def weight_gradients(
     packed_ih: Tensor | None,
     H: int,
     steps: int,
+    allow_tf32: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Turn the kernel's gate gradients into gradients of the weights, as `_packing` does.
-
-    Returns:
-        dx (like x, or empty), dweight_ih, dweight_hh, dbias [P, 4H].
-    """
-    dx, dweight_ih, dweight_hh, dbias = _packing.weight_gradients(
-        dgates, states, x, ids, lengths, packed_ih, H, steps, _SCALING
+    """Do what `_packing.weight_gradients` does: dbias has r, z, n and y."""
+    return _packing.weight_gradients(
+        dgates, states, x, ids, lengths, packed_ih, H, steps, allow_tf32, _SCALING, gates=3
     )
-    r, z, _, y = dweight_hh.chunk(4, dim=1)
-    return dx, dweight_ih[:, : 3 * H].contiguous(), torch.cat((r, z, y), dim=1), dbias

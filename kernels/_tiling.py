@@ -1,7 +1,11 @@
-"""Which tile runs a shape on a target: a pure function, each row with its reason."""
+"""Which tile runs a shape on a target: a pure function, each row with its reason.
+
+What a launch asks for at every call is remembered: it takes microseconds of the host to find out.
+"""
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -24,6 +28,7 @@ LEAST_SHARED_BYTES = 65536
 NARROW = 128
 
 
+@functools.cache
 def target_of(device: torch.device) -> str:
     """Return the name of the machine code that runs on `device`: a key of SHARED_BYTES, if known.
 
@@ -64,6 +69,7 @@ class Tile(NamedTuple):
     parts: int  # of an operand: with 2, what rounding to the first leaves is the second
 
 
+@functools.cache
 def forward_tile(H: int, dtype: torch.dtype, how: Arithmetic, target: str, each: int = 1) -> Tile:
     """Return the tile of the forward kernels.
 
@@ -72,7 +78,7 @@ def forward_tile(H: int, dtype: torch.dtype, how: Arithmetic, target: str, each:
         dtype: float32, float16 or bfloat16.
         how: what `arithmetic` gives.
         target: "sm_90" and so on.
-        each: programs that a multiprocessor gets; see `programs_each`.
+        each: programs of 8 sequences that a multiprocessor gets; see `programs_each`.
     """
     block, (operand, parts) = block_h(H), _operand(dtype, how)
     passing = 4 * block * block * operand.itemsize
@@ -102,7 +108,8 @@ def _forward_warps(block: int, parts: int, target: str, each: int) -> int:
     return 8
 
 
-def backward_tile(H: int, dtype: torch.dtype, how: Arithmetic, target: str) -> Tile:
+@functools.cache
+def backward_tile(H: int, dtype: torch.dtype, how: Arithmetic, target: str, each: int = 1) -> Tile:
     """Return the tile of the backward kernels; arguments as for `forward_tile`."""
     block, (operand, parts) = block_h(H), _operand(dtype, how)
     if dtype == torch.float32 and parts == 1 and block <= 64:
@@ -113,7 +120,19 @@ def backward_tile(H: int, dtype: torch.dtype, how: Arithmetic, target: str) -> T
     passing = 2 * block * block * operand.itemsize
     stream = _streams(block, operand, parts, target, passing, exchange=4 * block)
     # the accumulator has one row a unit, so a warp holds 16 units: 2, 4 or 8 warps cover the block
-    return Tile(block, _sequences(target), block // 16, stream, operand, parts)
+    sequences = _backward_sequences(block, dtype, target, each)
+    return Tile(block, sequences, block // 16, stream, operand, parts)
+
+
+def _backward_sequences(block: int, dtype: torch.dtype, target: str, each: int) -> int:
+    # where programs queue for a multiprocessor, 16 sequences in half precision share the matrix
+    # instructions and barriers of a step: 81 estimated clocks a sequence instead of 120 at block
+    # 128, of which one program fits, and 32 instead of 37 at 64, of which three do. Elsewhere they
+    # spill, or the compiler fails (sm_100)
+    fit = 1 if block == 128 else 3
+    if target == "sm_90" and dtype != torch.float32 and block > 32 and each > fit:
+        return 16
+    return _sequences(target)
 
 
 def block_h(H: int) -> int:
@@ -191,6 +210,31 @@ def longest_first(lengths: Tensor, B: int) -> Tensor:
     return torch.argsort(lengths.view(-1, B).amax(dim=0), descending=True, stable=True)
 
 
+def parts_of_tokens(device: torch.device, target: str, tiles: int, blocks: int) -> int:
+    """Return into how many parts a sum over tokens is split, a power of two up to 32.
+
+    Args:
+        device: that adds.
+        target: as for `forward_tile`.
+        tiles: of the result, each a program.
+        blocks: of tokens, valid or not.
+    """
+    # two programs of eight warps a multiprocessor hide each other's loads; each part is written and
+    # read again, so none is made for less than eight blocks
+    wanted = min(2 * _multiprocessors(device, target) // tiles, blocks // 8, 32)
+    return power_of_two_below(wanted)
+
+
+def cdiv(n: int, size: int) -> int:
+    """Return how many pieces of `size` hold n: triton.cdiv, some microseconds sooner."""
+    return -(-n // size)
+
+
+def power_of_two_below(n: int) -> int:
+    """Return the largest power of two up to n, and at least 1."""
+    return 1 << (max(n, 1).bit_length() - 1)
+
+
 def product_precision(dtype: torch.dtype, allow_tf32: bool, target: str) -> str:
     """Return what tl.dot is told of the precision of operands of `dtype`."""
     if dtype != torch.float32 or not target.startswith("sm_"):
@@ -199,6 +243,7 @@ def product_precision(dtype: torch.dtype, allow_tf32: bool, target: str) -> str:
     return "tf32" if allow_tf32 else "tf32x3"
 
 
+@functools.cache
 def _multiprocessors(device: torch.device, target: str) -> int:
     if target == "interpreter":
         return 1

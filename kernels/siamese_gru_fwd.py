@@ -113,6 +113,10 @@ def _siamese_gru_fwd_kernel(
     h = tl.zeros((BLOCKS, COLUMNS, 2, WARPS, 8, 4), tl.float32)
     v = h - 3.0 if POOLING == "max" else h
     peak = tl.full(h.shape, -1, tl.int32)
+    if STORE_RECORDS:
+        # the state that a sequence begins with: no step writes it, and the backward reads it
+        at = _at_units(gap - way).to(tl.int64) * BLOCK_H
+        _store_cells(states_ptrs + at, h, _at_units(live), 6)
     # a step's gates are complete before it begins: h's product stands at the end of the step
     # before, so that rows of the table have a step to arrive and ids have two
     x = _load_rows(table_ptrs, _row_at(0, ids_ptr, first_token, way, final, R, HAS_IDS), ROW)

@@ -226,14 +226,14 @@ def siamese_wide_bwd(
     N, P = vectors.shape[0], weight.shape[0]
     H, dtype = vectors.shape[1] // P, vectors.dtype
     block = _tiling.block_h(H)
-    dgates = torch.zeros_like(gates)
+    dgates = torch.empty_like(gates)
     if N == 0:
         return dgates
     target = _tiling.target_of(vectors.device)
     multiprocessors = _tiling._multiprocessors(vectors.device, target)
     precision = _tiling.product_precision(dtype, allow_tf32, target)
     tile = _tiling_wide.backward_tile(N, P, H, dtype, precision, target, multiprocessors)
-    tiles = triton.cdiv(N, tile.sequences)
+    tiles = _tiling.cdiv(N, tile.sequences)
     paired = dpair is not None
     B = N // 2 if paired else N
     order = _tiling.longest_first(lengths, B) if tiles > 1 else None

@@ -287,7 +287,7 @@ def siamese_wide_fwd(
     multiprocessors = _tiling._multiprocessors(table.device, target)
     precision = _tiling.product_precision(dtype, allow_tf32, target)
     tile = _tiling_wide.forward_tile(N, P, H, dtype, precision, target, multiprocessors)
-    tiles = triton.cdiv(N, tile.sequences)
+    tiles = _tiling.cdiv(N, tile.sequences)
     vectors = table.new_empty((N, P * H), dtype=dtype)
     # a sequence without steps is looked at by nobody
     pooled = torch.empty_like(vectors, dtype=torch.float32)
@@ -296,9 +296,7 @@ def siamese_wide_fwd(
     # zero behind a sequence's end, where no step writes
     outputs = vectors.new_zeros((N, steps, P * H) if store_outputs else 0)
     shapes = _packing.record_shapes(N, steps, H, P) if store_records else ((0,),) * 3
-    gates, cells = (vectors.new_empty(shape) for shape in shapes[:2])
-    # read whole by the weight's gradient, so what no step writes is zero
-    states = vectors.new_zeros(shapes[2])
+    gates, cells, states = (vectors.new_empty(shape) for shape in shapes)
     wants_peaks = store_records and pooling == "max"
     peaks = torch.empty_like(vectors if wants_peaks else vectors[:0, 0], dtype=torch.int32)
     results = similarity, distance, vectors, outputs, gates, cells, states, peaks

@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import math
 import os
 import re
 import subprocess
@@ -33,7 +34,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastsiam.kernels import _tiling, _tiling_wide
+from fastsiam.kernels import _tiling, _tiling_wide, weight_gradients
 from fastsiam.kernels._math import in_triton
 from fastsiam.kernels._pack import COLUMNS, UNITS, WARPS, _pack_kernel
 from fastsiam.kernels.pairwise import _manhattan_pairs_kernel
@@ -63,13 +64,24 @@ TRAIN = PLAIN_FWD | {"STORE_RECORDS": True}
 ENCODE_BWD = PLAIN_BWD | {"PAIRED": False, "HAS_DPAIR": False, "HAS_DVECTORS": True}
 PACK = {
     "COLUMNS": COLUMNS,
-    "UNITS": UNITS,
-    "SLICE": 128,
     "GATES": 4,
     "TRANSPOSED": False,
     "BY_UNIT": False,
     "HAS_INPUT": True,
     "HAS_BIAS": True,
+}
+SUM_TOKENS = {
+    "ROWS": weight_gradients.ROWS,
+    "COLUMNS": weight_gradients.COLUMNS,
+    "TOKENS": weight_gradients.TOKENS,
+    "STEPS": weight_gradients.STEPS,
+    "HAS_IDS": True,
+}
+COLLECT = {
+    "UNITS": weight_gradients.UNITS,
+    "COLUMNS": weight_gradients.COLUMNS,
+    "PARTS": 16,
+    "GATES": 4,
 }
 BOTH_WAYS = {"DIRECTIONS": 2}
 MAXIMUM = {"POOLING": "max"}
@@ -127,6 +139,14 @@ KERNELS = {
         _pack_kernel,
         PACK | {"GATES": 3, "TRANSPOSED": True, "HAS_BIAS": False},
     ),
+    "collect": (weight_gradients._collect_kernel, COLLECT),
+    "collect_gru": (weight_gradients._collect_kernel, COLLECT | {"GATES": 3}),
+    # its loop is over tokens
+    "weight_gradients": (weight_gradients._weight_gradients_kernel, SUM_TOKENS),
+    "weight_gradients_dense": (
+        weight_gradients._weight_gradients_kernel,
+        SUM_TOKENS | {"HAS_IDS": False},
+    ),
     # its loop is over features, and H says nothing
     "manhattan_pairs": (_manhattan_pairs_kernel, {"BLOCK_Q": 64, "BLOCK_M": 128}),
 }
@@ -172,6 +192,7 @@ BOUNDS = {
     ("siamese_gru_bwd", "bfloat16", 128, 8): 205,
     ("siamese_gru_bwd", "tf32", 64, 4): 195,
     ("manhattan_pairs", "float32", 64, 4): 165,
+    ("weight_gradients", "bfloat16", 128, 8): 100,
     ("siamese_fwd", "float32", 64, 8): 230,
     ("siamese_fwd", "float32", 128, 8): 490,
     ("siamese_fwd_train", "float32", 64, 8): 258,
@@ -184,21 +205,42 @@ BOUNDS = {
     ("siamese_gru_bwd", "tf32", 128, 8): 182,
     ("siamese_gru_bwd", "float32", 64, 4): 270,
     ("siamese_gru_bwd", "float32", 128, 8): 355,
+}
+# the same with 16 sequences a program, where programs queue or H is wide
+BOUNDS_16 = {
+    ("siamese_bwd", "bfloat16", 64, 4): 295,
+    ("siamese_bwd", "bfloat16", 128, 8): 345,
+    ("siamese_gru_bwd", "bfloat16", 64, 4): 300,
+    ("siamese_gru_bwd", "bfloat16", 128, 8): 330,
     # one launch, waiting included
     ("siamese_wide_fwd", "bfloat16", 256, 4): 340,
     ("siamese_wide_fwd_train", "bfloat16", 256, 4): 400,
     ("siamese_wide_fwd_train", "tf32", 256, 4): 580,
     ("siamese_wide_bwd", "bfloat16", 256, 4): 620,
-    # a launch a step: a piece of its product
+}
+# with 32, a launch a step: a piece of its product
+BOUNDS_32 = {
     ("siamese_wide_fwd", "bfloat16", 1024, 4): 155,
     ("siamese_wide_fwd_train", "bfloat16", 1024, 4): 145,
     ("siamese_wide_bwd", "bfloat16", 1024, 4): 105,
 }
+BOUNDS_OF = {8: BOUNDS, 16: BOUNDS_16, 32: BOUNDS_32}
 # where gate gradients are scaled for float16, their largest passes between warps
 SCALED_BARRIERS = 5
 # in one launch: three of the wait, one of the arrival, one of the product
 WAITING_BARRIERS = 5
-PACKING = ("pack", "pack_transposed", "pack_gru", "pack_gru_transposed")
+# kernels of whole layers, without a step loop, and their warps
+LAYERS = {
+    "pack": WARPS,
+    "pack_transposed": WARPS,
+    "pack_gru": WARPS,
+    "pack_gru_transposed": WARPS,
+    "collect": weight_gradients.WARPS,
+    "collect_gru": weight_gradients.WARPS,
+    "weight_gradients": weight_gradients.WARPS,
+    "weight_gradients_dense": weight_gradients.WARPS,
+    "score": 4,
+}
 WIDE = ("siamese_wide_fwd", "siamese_wide_fwd_train", "siamese_wide_bwd")
 WIDE_VARIANTS = tuple(
     kernel for kernel in KERNELS if kernel.startswith("siamese_wide") and kernel not in WIDE
@@ -206,7 +248,7 @@ WIDE_VARIANTS = tuple(
 VARIANTS = tuple(
     kernel
     for kernel in KERNELS
-    if kernel not in (*PLAIN, *GRU, *PACKING, *WIDE, *WIDE_VARIANTS, "score", "manhattan_pairs")
+    if kernel not in (*PLAIN, *GRU, *LAYERS, *WIDE, *WIDE_VARIANTS, "manhattan_pairs")
 )
 # of a test run: every bound that is promised on sm_90, and the hardest shape elsewhere
 _QUICK = {
@@ -255,15 +297,16 @@ class Row:
     loop_shared_loads: int | None = None  # h alone where registers hold W_hh
 
 
-def tile_of(kernel: str, H: int, dtype: str, target: str, num_warps: int | None) -> _tiling.Tile:
+def tile_of(
+    kernel: str, H: int, dtype: str, target: str, num_warps: int | None, each: int = 1
+) -> _tiling.Tile:
     """Return the tile that `_tiling.py` gives, or the same with another number of warps."""
     how = arithmetic(dtype, target)
     choose = _tiling.backward_tile if "_bwd" in kernel else _tiling.forward_tile
-    tile = choose(H, torch_dtype(dtype), how, target)
+    tile = choose(H, torch_dtype(dtype), how, target, each)
     if kernel == "manhattan_pairs":
         num_warps = 4
-    if kernel in PACKING:
-        num_warps = WARPS
+    num_warps = LAYERS.get(kernel, num_warps)
     return tile if num_warps is None else tile._replace(num_warps=num_warps)
 
 
@@ -318,7 +361,10 @@ def compile_job(job: Job) -> Any:
         "states_ptr": element,
         "dgates_ptr": element,
         **{f"{way}{name}_ptr": element for way in ("weight_", "packed_") for name in ("ih", "hh")},
+        **{f"dweight_{name}_ptr": element for name in ("ih", "hh")},
+        "x_ptr": element,
         "bias_ptr": element,
+        "dbias_ptr": element,
         "packed_bias_ptr": element,
         "scale": "fp32",
     }
@@ -329,6 +375,11 @@ def compile_job(job: Job) -> Any:
         "STREAM": job.tile.stream,
         "OPERAND": in_triton(job.tile.operand),
         "PARTS": job.tile.parts,
+        "PRECISION": _tiling.product_precision(
+            torch_dtype(job.dtype), job.dtype == "tf32", job.target
+        ),
+        "UNITS": math.gcd(job.tile.block_h, UNITS),
+        "SLICE": job.tile.block_h,
         **arithmetic(job.dtype, job.target)._asdict(),
         **flags,
     }
@@ -417,8 +468,10 @@ def jobs(quick: bool) -> list[Job]:
     shapes = [("bfloat16", 128)] if quick else [("bfloat16", 128), ("tf32", 64)]
     plan += [
         (kernel, target, *shape, None)
-        for kernel, target, shape in itertools.product(PACKING, targets, shapes)
+        for kernel, target, shape in itertools.product(LAYERS, targets, shapes)
     ]
+    sums = ("weight_gradients", "weight_gradients_dense")
+    plan += [(k, "sm_80", dtype, 64, None) for k in sums for dtype in ("tf32", "float32")]
     for kernel, dtype in itertools.product(PLAIN[:2], ("bfloat16", "tf32")):
         # what a busy multiprocessor is offered, and tf32 to compare
         plan.append((kernel, "sm_90", dtype, 64, 4))
@@ -434,10 +487,16 @@ def jobs(quick: bool) -> list[Job]:
             [("bfloat16", 64)] if quick else [("bfloat16", 64), ("bfloat16", 128), ("tf32", 64)]
         )
         plan += [(kernel, "sm_90", dtype, H, None) for dtype, H in shapes]
-    return [
+    found = [
         Job(kernel, target, dtype, tile_of(kernel, H, dtype, target, num_warps))
         for kernel, target, dtype, H, num_warps in plan
-    ] + wide_jobs(quick)
+    ]
+    # where programs queue for a multiprocessor
+    backward = [kernel for kernel in KERNELS if "_bwd" in kernel and "_wide" not in kernel]
+    for kernel, dtype, H in itertools.product(backward, ("bfloat16", "float16"), (64, 128)):
+        if not quick or (kernel in (PLAIN[2], GRU[2]) and dtype == "bfloat16"):
+            found.append(Job(kernel, "sm_90", dtype, tile_of(kernel, H, dtype, "sm_90", None, 99)))
+    return found + wide_jobs(quick)
 
 
 def wide_jobs(quick: bool) -> list[Job]:
@@ -485,7 +544,7 @@ def faults(row: Row) -> list[str]:
     outside = 128 if row.kernel.startswith("siamese_wide") else 16
     if promised and (row.spill_bytes > outside or row.loop_spills):
         found.append(f"{row.spill_bytes} bytes of spilled registers")
-    bound = BOUNDS.get((row.kernel, row.dtype, row.H, row.num_warps))
+    bound = BOUNDS_OF[row.sequences].get((row.kernel, row.dtype, row.H, row.num_warps))
     if bound is not None and row.target == "sm_90":
         length, barriers = row.loop_instructions, row.loop_barriers
         most = barriers_of(row.kernel, row.dtype, row.H)

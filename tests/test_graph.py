@@ -88,7 +88,7 @@ def test_float_inputs_lists_and_no_lengths():
 
 
 def test_a_loss_that_is_infinite_at_one_does_not_see_the_filling():
-    """A pair that fills up has the similarity 1, where this loss has none."""
+    """Two empty sentences would have the similarity 1, where this loss has none."""
 
     def loss(similarity, target, reduction="none"):
         values = -target * similarity.log() - (1 - target) * torch.log1p(-similarity)

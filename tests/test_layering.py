@@ -15,6 +15,7 @@ ORDER = [
     ("kernels._tiling",),
     ("kernels._tiling_wide",),
     ("kernels._pack",),
+    ("kernels.weight_gradients",),
     ("kernels._packing",),
     ("kernels._packing_gru",),
     ("kernels._forward", "kernels._backward"),
