@@ -11,6 +11,13 @@ def _as_columns(x):
 
 
 @triton.jit
+def _slots(tile, tiles, direction, BLOCK_N: tl.constexpr):
+    # the places of a tile's columns, [columns, side, 4], in what is carried from step to step
+    column = 8 * tl.arange(0, BLOCK_N // 8)[:, None, None] + 2 * tl.arange(0, 4)[None, None, :]
+    return (direction * tiles + tile) * BLOCK_N + column + tl.arange(0, 2)[None, :, None]
+
+
+@triton.jit
 def _load_slice(
     weight_ptr,  # [M, K]
     M: tl.constexpr,

@@ -23,6 +23,7 @@ from fastsiam.kernels._wide import (
     _as_columns,
     _load_slice,
     _product_with_rows,
+    _slots,
     _wait,
 )
 from fastsiam.kernels.siamese_bwd import _cell_gradients, _load_states, _states
@@ -113,8 +114,7 @@ def _siamese_wide_bwd_kernel(
         first_gap = seq * (T + 1) + direction * length
         last_gap = way * first_gap + last
         first_token = seq.to(tl.int64) * T + direction * last
-        column = 8 * tl.arange(0, COLUMNS)[:, None, None] + 2 * tl.arange(0, 4)[None, None, :]
-        slot = (direction * tiles + tile) * BLOCK_N + column + tl.arange(0, 2)[None, :, None]
+        slot = _slots(tile, tiles, direction, BLOCK_N)
         carried_dc_ptrs = carried_dc_ptr + (_at_units(slot).to(tl.int64) * BLOCK_H + unit_apart)
         # of the columns of a product, where ahead of the loop a change of layout costs little
         columns_last = _as_columns(last)

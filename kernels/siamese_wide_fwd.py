@@ -31,6 +31,7 @@ from fastsiam.kernels._wide import (
     _as_columns,
     _load_slice,
     _product_with_rows,
+    _slots,
     _wait,
 )
 from fastsiam.kernels.siamese_fwd import _cell, _store_gates, _store_state
@@ -92,7 +93,8 @@ def _siamese_wide_fwd_kernel(
     direction, way = _direction(DIRECTIONS)
     first_unit = tl.program_id(2) * UNITS
     rows = direction * (2 * B if PAIRED else B).to(tl.int64) * (T + 1)
-    slots = tiles * BLOCK_N
+    # of one of the two states that are carried
+    slots = DIRECTIONS * tiles * BLOCK_N
     # units of the cells, [blocks, 1, 1, warps, 8, 1]
     block = tl.arange(0, BLOCKS)[:, None, None, None, None, None]
     warp = tl.arange(0, WARPS)[None, None, None, :, None, None]
@@ -120,8 +122,7 @@ def _siamese_wide_fwd_kernel(
         first_token = seq.to(tl.int64) * T + direction * tl.maximum(last, 0)
         final = T - 1 if DIRECTIONS == 1 else tl.maximum(last, 0)
         first_gap = seq * (T + 1) + direction * length
-        column = 8 * tl.arange(0, COLUMNS)[:, None, None] + 2 * tl.arange(0, 4)[None, None, :]
-        slot = direction * slots + tile * BLOCK_N + column + tl.arange(0, 2)[None, :, None]
+        slot = _slots(tile, tiles, direction, BLOCK_N)
         at_vector = (_at_units(seq).to(tl.int64) * DIRECTIONS + direction) * H + unit_apart
         in_vector = _at_units(live) & (unit_apart < H)
         pooled_ptrs = pooled_ptr + at_vector
@@ -157,7 +158,7 @@ def _siamese_wide_fwd_kernel(
                 h_row = columns_row + way * t
             else:
                 h_ptr = carried_h_ptr
-                h_row = columns_row + (t + 1) % 2 * (DIRECTIONS * slots)
+                h_row = columns_row + (t + 1) % 2 * slots
             a = _product_with_rows(
                 weight,
                 h_ptr + h_row.to(tl.int64) * BLOCK_H,
@@ -184,8 +185,8 @@ def _siamese_wide_fwd_kernel(
                 gap = first_gap + way * (t + 1)
                 _store_state(h, gap, t <= last, states_ptrs, BLOCK_H)
             else:
-                row = slot + t % 2 * (DIRECTIONS * slots)
-                _store_state(h, row, t <= last, carried_h_ptr + unit_apart, BLOCK_H)
+                place = slot + t % 2 * slots
+                _store_state(h, place, t <= last, carried_h_ptr + unit_apart, BLOCK_H)
             if RESIDENT:
                 _arrive(arrived_ptr_of_tile)
             if STORE_RECORDS:

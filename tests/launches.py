@@ -34,6 +34,9 @@ QUICK = [
     cases.Case(B=1, T_left=1, T_right=1, D=1, H=1, inputs="ids, trained"),
     cases.Case(D=16, H=50, dtype=torch.bfloat16, inputs="ids", directions=2, pooling="max"),
     cases.Case(D=1, H=65, dtype=torch.float16, cell="gru", pooling="mask", learned_scale=True),
+    # in one launch, and in two: a step each
+    cases.Case(D=1, H=256, dtype=torch.float16, inputs="ids", pooling="max", directions=2),
+    cases.Case(B=1, T_left=1, T_right=2, D=1, H=129, inputs="ids, trained", learned_scale=True),
 ]
 
 
