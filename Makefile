@@ -10,7 +10,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 GPU_PYTHON ?= python3
 GPU_WORKERS ?= 4
 GPU_TESTS_1 := $(addprefix tests/test_,siamese_lstm.py ops.py)
-GPU_TESTS_2 := $(addprefix tests/test_,siamese_gru.py packing.py weight_gradients.py tiling.py module.py layers.py recompute.py large_offsets.py topk.py \
+GPU_TESTS_2 := $(addprefix tests/test_,siamese_gru.py siamese_wide.py packing.py weight_gradients.py tiling.py module.py layers.py recompute.py large_offsets.py topk.py \
 	graph.py backend_choice.py bad_input.py reference.py benchmarks.py)
 
 BENCH := benchmarks --benchmark-only --save-results --benchmark-columns=median,iqr,rounds

@@ -143,7 +143,7 @@ def _resident(
     # all programs of a group have to run at once, a multiprocessor each
     groups = multiprocessors // programs
     rounds = {columns: -(-N // (columns * max(groups, 1))) for columns in (16, 32) if fits(columns)}
-    if groups == 0 or min(rounds.values(), default=N) > _ROUNDS:
+    if groups == 0 or not rounds or min(rounds.values()) > _ROUNDS:
         return None
     # with fewer columns a step is shorter
     columns = min(rounds, key=lambda columns: (rounds[columns], columns))
@@ -154,9 +154,11 @@ def _step_by_step(
     N: int, programs: int, units: int, dtype: torch.dtype, precision: str, multiprocessors: int
 ) -> WideTile:
     """Return the tile of a launch a step; arguments as for `_resident`."""
-    # more columns share what is read of the weight (64 do not fit the registers, and beside three
-    # products of tf32 nor do 32), fewer leave no multiprocessor idle; AMD's matrix instructions
-    # have no less than 16
-    shared = -(-N // 32) * programs >= multiprocessors and precision != "tf32x3"
-    columns = 32 if shared else 16
-    return WideTile(units, columns, 128 // dtype.itemsize, False, -(-N // columns), 4, 3)
+    # more columns share what is read of the weight, fewer leave no multiprocessor idle. 64 have two
+    # warps for each that the units fill, or would not fit the registers; beside three products of
+    # tf32 only 16 do. AMD's matrix instructions have no less
+    sizes = (64, 32) if precision != "tf32x3" else ()
+    wanted = (size for size in sizes if -(-N // size) * programs >= multiprocessors)
+    columns = next(wanted, 16)
+    num_warps = 8 if columns == 64 else 4
+    return WideTile(units, columns, 128 // dtype.itemsize, False, -(-N // columns), num_warps, 3)

@@ -59,7 +59,6 @@ def _siamese_wide_bwd_kernel(
     BLOCK_N: tl.constexpr,  # sequences of a tile, a multiple of 8: axis 0 shares out the tiles
     BLOCK_K: tl.constexpr,  # gates of a product at a time; all of them, where RESIDENT
     RESIDENT: tl.constexpr,
-    WARPS: tl.constexpr,
     PRECISION: tl.constexpr,  # of tl.dot
     WIDEN: tl.constexpr,  # of _tiling.Arithmetic
     DIRECTIONS: tl.constexpr,  # P, 1 or 2: axis 1 of the grid
@@ -70,7 +69,8 @@ def _siamese_wide_bwd_kernel(
     HAS_DOUTPUTS: tl.constexpr,
     HAS_ORDER: tl.constexpr,
 ):
-    BLOCKS: tl.constexpr = UNITS // (16 * WARPS)
+    # that the units fill
+    WARPS: tl.constexpr = UNITS // 16
     COLUMNS: tl.constexpr = BLOCK_N // 8
     DTYPE: tl.constexpr = vectors_ptr.dtype.element_ty
     # elements of a unit in the records: half precision comes in words of two
@@ -81,14 +81,13 @@ def _siamese_wide_bwd_kernel(
     direction, way = _direction(DIRECTIONS)
     first_unit = tl.program_id(2) * UNITS
     rows = direction * (2 * B if PAIRED else B).to(tl.int64) * (T + 1)
-    # units of the cells, [blocks, half, 1, 1, warps, 8, 1]
-    block = tl.arange(0, BLOCKS)[:, None, None, None, None, None, None]
+    # units of the cells, [1, half, 1, 1, warps, 8, 1]
     half = tl.arange(0, 2)[None, :, None, None, None, None, None]
     warp = tl.arange(0, WARPS)[None, None, None, None, :, None, None]
     within = 16 * warp + tl.arange(0, 8)[None, None, None, None, None, :, None]
-    unit = first_unit + block * (16 * WARPS) + half * 8 + within
+    unit = first_unit + half * 8 + within
     # loads of one value a cell would get a layout of their own if units were seen to be adjacent
-    unit_apart = first_unit + block * (16 * WARPS) + half * 8 + (within ^ zero)
+    unit_apart = first_unit + half * 8 + (within ^ zero)
     inside = unit_apart < H
     # of the gap where a step began, what stands where it ended
     gates_ptr += (rows + way) * (GATES * BLOCK_H)
@@ -143,7 +142,7 @@ def _siamese_wide_bwd_kernel(
             HAS_DPAIR,
             HAS_DVECTORS,
         )
-        dc = tl.zeros((BLOCKS, 2, COLUMNS, 2, WARPS, 8, 4), tl.float32)
+        dc = tl.zeros((1, 2, COLUMNS, 2, WARPS, 8, 4), tl.float32)
         # whether this launch has a step of the tile, and whether one before it had
         goes_on = (dc == 0.0) & (begin < steps)
         if not RESIDENT:
@@ -175,7 +174,7 @@ def _siamese_wide_bwd_kernel(
                 # not before the product, which needs the registers
                 gates = _load_gates(gates_ptrs, row, GATES * BLOCK_H, DTYPE)
                 states = _load_states(cells_ptrs, row, STATES * BLOCK_H, DTYPE)
-            d = _as_cells(dh, BLOCKS, COLUMNS, WARPS)
+            d = _as_cells(dh, 1, COLUMNS, WARPS)
             d += _upstream(
                 t + 1,
                 dv,
@@ -271,7 +270,6 @@ def siamese_wide_bwd(
             BLOCK_N=tile.sequences,
             BLOCK_K=tile.block_k,
             RESIDENT=tile.resident,
-            WARPS=tile.num_warps,
             PRECISION=precision,
             WIDEN=_tiling.arithmetic(dtype, allow_tf32, target).WIDEN,
             DIRECTIONS=P,

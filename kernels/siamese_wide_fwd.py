@@ -70,7 +70,6 @@ def _siamese_wide_fwd_kernel(
     BLOCK_N: tl.constexpr,  # sequences of a tile, a multiple of 8: axis 0 shares out the tiles
     BLOCK_K: tl.constexpr,  # units of a product at a time; all of them, where RESIDENT
     RESIDENT: tl.constexpr,
-    WARPS: tl.constexpr,
     PRECISION: tl.constexpr,  # of tl.dot
     APPROXIMATE: tl.constexpr,  # these three: _tiling.Arithmetic
     WIDEN: tl.constexpr,
@@ -83,7 +82,8 @@ def _siamese_wide_fwd_kernel(
     STORE_RECORDS: tl.constexpr,
     STORE_OUTPUTS: tl.constexpr,
 ):
-    BLOCKS: tl.constexpr = UNITS // (8 * WARPS)
+    # that the units fill
+    WARPS: tl.constexpr = UNITS // 8
     COLUMNS: tl.constexpr = BLOCK_N // 8
     DTYPE: tl.constexpr = weight_ptr.dtype.element_ty
     WORDS: tl.constexpr = 4 if DTYPE == tl.float32 else 2
@@ -95,13 +95,12 @@ def _siamese_wide_fwd_kernel(
     rows = direction * (2 * B if PAIRED else B).to(tl.int64) * (T + 1)
     # of one of the two states that are carried
     slots = DIRECTIONS * tiles * BLOCK_N
-    # units of the cells, [blocks, 1, 1, warps, 8, 1]
-    block = tl.arange(0, BLOCKS)[:, None, None, None, None, None]
+    # units of the cells, [1, 1, 1, warps, 8, 1]
     warp = tl.arange(0, WARPS)[None, None, None, :, None, None]
     within = warp * 8 + tl.arange(0, 8)[None, None, None, None, :, None]
-    unit = first_unit + block * (8 * WARPS) + within
+    unit = first_unit + within
     # stores of one value a cell would get a layout of their own if units were seen to be adjacent
-    unit_apart = first_unit + block * (8 * WARPS) + (within ^ zero)
+    unit_apart = first_unit + (within ^ zero)
     table_ptr += direction * (WORDS * BLOCK_H)
     table_ptrs = table_ptr + (tl.expand_dims(unit, 6) * WORDS + tl.arange(0, WORDS))
     gates_ptrs = gates_ptr + rows * (4 * BLOCK_H) + (tl.expand_dims(unit, 6) * 4 + tl.arange(0, 4))
@@ -132,7 +131,7 @@ def _siamese_wide_fwd_kernel(
         columns_row = _as_columns(first_gap if STORE_RECORDS else slot)
         arrived_ptr_of_tile = arrived_ptr + (tile * DIRECTIONS + direction)
 
-        c = tl.zeros((BLOCKS, COLUMNS, 2, WARPS, 8, 4), tl.float32)
+        c = tl.zeros((1, COLUMNS, 2, WARPS, 8, 4), tl.float32)
         v = c - 3.0 if POOLING == "max" else c
         peak = tl.full(c.shape, -1, tl.int32)
         # whether a launch before this one began the tile, and whether this one goes on with it
@@ -177,7 +176,7 @@ def _siamese_wide_fwd_kernel(
                 x = _load_rows(table_ptrs, row, ROW)
             a += _as_accumulator(_gate_pairs(x, DTYPE), UNITS, BLOCK_N)
 
-            i, f, g, o = _as_gates(a, BLOCKS, COLUMNS, WARPS)
+            i, f, g, o = _as_gates(a, 1, COLUMNS, WARPS)
             c_before = c
             i, f, g, o, c, tanh_c, h = _cell(i, f, g, o, c, APPROXIMATE, ASSEMBLY)
             # the state before all else: others wait for it
@@ -338,7 +337,6 @@ def siamese_wide_fwd(
             BLOCK_N=tile.sequences,
             BLOCK_K=tile.block_k,
             RESIDENT=tile.resident,
-            WARPS=tile.num_warps,
             PRECISION=precision,
             DIRECTIONS=P,
             POOLING=pooling,
