@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -55,6 +56,7 @@ _ON_CHIP_ELSEWHERE = (65536, 8192)
 _ROUNDS = 2
 
 
+@functools.cache
 def forward_tile(
     N: int, P: int, H: int, dtype: torch.dtype, precision: str, target: str, multiprocessors: int
 ) -> WideTile:
@@ -77,6 +79,7 @@ def forward_tile(
     return resident or _step_by_step(N, programs, units, dtype, precision, multiprocessors)
 
 
+@functools.cache
 def backward_tile(
     N: int, P: int, H: int, dtype: torch.dtype, precision: str, target: str, multiprocessors: int
 ) -> WideTile:
