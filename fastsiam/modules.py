@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastsiam import _steps, functional
 from fastsiam._backend import BACKENDS
 from fastsiam._checks import GATES, POOLINGS
-from fastsiam.batched import compute_dtype
+from fastsiam._packed import compute_dtype
 from fastsiam.functional import Lengths, Prepared, Weights
 
 Network = TypeVar("Network", bound=nn.RNNBase)
