@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import weakref
+from collections import deque
 from types import ModuleType
 from typing import NamedTuple
 
@@ -19,6 +21,9 @@ BLOCK = 2048
 
 # bytes from which the GNU C library takes memory from the system whatever was free before
 HUGE = 32 * 2**20
+
+# the memory of tensors of `empty` that are gone, as many as a forward takes
+_SPARE: deque[mmap.mmap] = deque(maxlen=3)
 
 
 class Saved(NamedTuple):
@@ -214,13 +219,31 @@ def project(how: ModuleType, x: Tensor, weight_ih: Tensor, bias: Tensor | None) 
 def empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
     """Return uninitialized memory, in huge pages where it is large.
 
-    What is this large the C library takes from the system at each call and gives back afterwards;
-    in pages of 4 KiB that costs more than the arithmetic that fills them.
+    What is this large the C library takes from the system at each call and gives back afterwards,
+    and the system clears each page: that costs as much as the arithmetic that fills them. So it is
+    taken in pages of 2 MiB where there are some, and what the last tensors of this kind had is kept
+    for the next ones.
     """
     size = torch.Size(shape).numel() * like.element_size()
     if like.device.type != "cpu" or size < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return like.new_empty(shape)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=like.dtype).view(shape)
+    memory = _spare(size)
+    if memory is None:
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with contextlib.suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    # the storage holds the view until nothing reads it any more
+    view = memoryview(memory)[:size]
+    weakref.finalize(view, _SPARE.append, memory).atexit = False
+    return torch.frombuffer(view, dtype=like.dtype).view(shape)
+
+
+def _spare(size: int) -> mmap.mmap | None:
+    """Return memory that is not in use any more, of at least some bytes, and drop what is not."""
+    while True:
+        try:
+            memory = _SPARE.popleft()
+        except IndexError:
+            return None
+        if len(memory) >= size:
+            return memory
