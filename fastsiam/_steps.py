@@ -18,8 +18,7 @@ from torch import Tensor
 
 # above it a call with few sequences copies and reads more weights than it computes with
 MAX_HIDDEN = 512
-# columns of a panel, and the interface, as in steps.cpp
-PANEL = 16
+# the interface, as in steps.cpp
 VERSION = 2
 
 # sequences in a tile; of few sequences smaller ones, so that each thread gets some
@@ -60,14 +59,21 @@ class Batch(NamedTuple):
 
 
 def _load() -> tuple[ctypes.CDLL | None, str]:
-    """Return the library, or why there is none."""
+    """Return the library for this processor, or why there is none."""
+    capability = torch.backends.cpu.get_cpu_capability()
     names = [f"_compiled_steps{suffix}" for suffix in EXTENSION_SUFFIXES]
+    if capability == "AVX512":
+        names = [f"_compiled_steps_avx512{suffix}" for suffix in EXTENSION_SUFFIXES] + names
     file = next((_FOLDER / name for name in names if (_FOLDER / name).exists()), None)
     if file is None:
         return None, "this installation of fastsiam was made without a C++ compiler that takes them"
-    capability = torch.backends.cpu.get_cpu_capability()
     if platform.machine().lower() in ("x86_64", "amd64") and "AVX" not in capability:
         return None, f"they need AVX2, and PyTorch names this processor {capability}"
+    return _open(file)
+
+
+def _open(file: Path) -> tuple[ctypes.CDLL | None, str]:
+    """Return the library in a file, or why it is of no use."""
     try:
         library = ctypes.CDLL(str(file))
         if library.version() != VERSION:
@@ -77,6 +83,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
             forward, backward = (getattr(library, f"{cell}_{way}") for way in _WAYS)
             forward.argtypes, forward.restype = [layer], ctypes.c_bool
             backward.argtypes, backward.restype = [layer], None
+        library.panel.restype = _INTEGER
         library.order.argtypes, library.order.restype = [_INTEGER] * 3 + [_POINTER] * 4, None
         library.distinct.argtypes = [_INTEGER] * 3 + [_POINTER] * 4
         library.distinct.restype = _INTEGER
@@ -106,9 +113,10 @@ def obstacle(device: torch.device, dtype: torch.dtype, H: int) -> str:
 
 
 def panels(weight: Tensor) -> Tensor:
-    """Lay the right-hand side of a step's product, [K, N], out for the loops: [N / 16, K, 16]."""
+    """Lay the right-hand side of a product, [K, N], out for the library: [N / panel, K, panel]."""
     K, N = weight.shape
-    return F.pad(weight, (0, -N % PANEL)).view(K, -1, PANEL).transpose(0, 1).contiguous()
+    panel = _library().panel()
+    return F.pad(weight, (0, -N % panel)).view(K, -1, panel).transpose(0, 1).contiguous()
 
 
 def batch(lengths: Tensor, steps: int) -> Batch:

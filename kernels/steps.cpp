@@ -18,9 +18,13 @@ namespace {
 
 #define INLINE inline __attribute__((always_inline))
 
-constexpr int64_t WIDTH = 8;        // floats in a Vector
-constexpr int64_t PANEL = 16;       // columns of a product that are worked on at a time
-constexpr int64_t ROWS = 6;         // rows: 6 x 2 sums, 2 columns and a factor, of 16 registers
+#ifdef __AVX512F__
+constexpr int64_t WIDTH = 16;  // floats in a Vector
+#else
+constexpr int64_t WIDTH = 8;
+#endif
+constexpr int64_t PANEL = 2 * WIDTH;  // columns of a product that are worked on at a time
+constexpr int64_t ROWS = 6;  // rows: 6 x 2 sums, 2 vectors of columns and a factor, of 16 registers
 constexpr int64_t DEPTH = 64;      // terms of a sum over rows that are worked on at a time
 constexpr int64_t TILE = 24;        // most sequences in a tile
 constexpr int64_t WORTH = 1000000;  // multiplications that are worth a thread
@@ -43,8 +47,8 @@ INLINE void store(float* to, Float x) {
     std::memcpy(to, &x, sizeof x);
 }
 
-// The right-hand side of a product, [K, N], in panels of 16 columns, [N / 16, K, 16]; what stands in
-// the last panel behind the last column is multiplied and dropped.
+// The right-hand side of a product, [K, N], in panels of PANEL columns, [N / PANEL, K, PANEL]; what
+// stands in the last panel behind the last column is multiplied and dropped.
 struct Panels {
     const float* data;
     int64_t K, N;
@@ -133,14 +137,18 @@ INLINE void accumulate_block(const float* a, int64_t stride_a, const float* pane
 
 // a < b ? a : b, and so b where one is a NaN. GCC makes of that two instructions where one will do.
 INLINE Vector lower(Vector a, Vector b) {
-#ifdef __AVX__
+#if defined(__AVX512F__)
+    return _mm512_min_ps(a, b);
+#elif defined(__AVX__)
     return _mm256_min_ps(a, b);
 #else
     return a < b ? a : b;
 #endif
 }
 INLINE Vector higher(Vector a, Vector b) {
-#ifdef __AVX__
+#if defined(__AVX512F__)
+    return _mm512_max_ps(a, b);
+#elif defined(__AVX__)
     return _mm256_max_ps(a, b);
 #else
     return a > b ? a : b;
@@ -492,6 +500,7 @@ void run(const Layer& layer, int64_t first, int64_t last, int64_t room, Run tile
 
 // What _steps.py asks before it calls anything else: goes up with every change of an argument.
 extern "C" int64_t version() { return 2; }
+extern "C" int64_t panel() { return PANEL; }
 
 // Orders the sequences longest first, equal ones as they came, and finds where each tile begins.
 // `place` [T + 2] comes as zeros.

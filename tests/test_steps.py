@@ -186,6 +186,26 @@ def test_order_of_a_batch(lengths, p):
     assert _steps.pack(batch, p, None, None)[0].tolist() == tokens
 
 
+BUILDS = sorted(_steps._FOLDER.glob("_compiled_steps*"))
+
+
+@needs_library
+@pytest.mark.parametrize("build", BUILDS, ids=lambda build: build.name)
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize(("N", "H"), [(3, 3), (25, 16), (100, 50)])
+def test_builds_for_other_processors(monkeypatch, build, cell, N, H):
+    """They give the same bits."""
+    if "avx512" in build.name and torch.backends.cpu.get_cpu_capability() != "AVX512":
+        pytest.skip("this processor cannot run it")
+    case = draw(cell, N, H, P=2)
+    expected = run(cell, case, "max", True, torch.float32)
+    library, why_not = _steps._open(build)
+    assert not why_not
+    monkeypatch.setattr(_steps, "_LIBRARY", library)
+    found = run(cell, case, "max", True, torch.float32)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
 @needs_library
 def test_ids_out_of_the_table():
     """They would be read from anywhere; only an unchecked call brings them."""
@@ -229,6 +249,15 @@ def test_products(monkeypatch, K, M, N, threads):
     sums = torch.zeros(K + 5, N)
     _steps.scatter(a, rows, sums)
     assert torch.equal(sums, torch.zeros(K + 5, N).index_add_(0, rows, a))
+
+
+@needs_library
+@pytest.mark.skipif(len(BUILDS) < 2, reason="there is one build")
+def test_the_processor_picks_the_build(monkeypatch):
+    for capability, name in (("AVX2", "_compiled_steps"), ("AVX512", "_compiled_steps_avx512")):
+        monkeypatch.setattr(_steps.torch.backends.cpu, "get_cpu_capability", lambda c=capability: c)
+        monkeypatch.setattr(_steps, "_open", lambda file: (file.name, ""))
+        assert _steps._load()[0].partition(".")[0] == name
 
 
 @needs_library
