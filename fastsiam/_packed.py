@@ -216,6 +216,11 @@ def project(how: ModuleType, x: Tensor, weight_ih: Tensor, bias: Tensor | None) 
     return table
 
 
+def stack(tensors: list[Tensor]) -> Tensor:
+    """Return one tensor a direction as one: a single one is not copied."""
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
+
+
 def empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
     """Return uninitialized memory, in huge pages where it is large.
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 # above it a call with few sequences copies and reads more weights than it computes with
@@ -87,7 +86,12 @@ def _open(file: Path) -> tuple[ctypes.CDLL | None, str]:
         library.order.argtypes, library.order.restype = [_INTEGER] * 3 + [_POINTER] * 4, None
         library.distinct.argtypes = [_INTEGER] * 3 + [_POINTER] * 4
         library.distinct.restype = _INTEGER
-        for name, integers, tensors in (("project", 5, 5), ("accumulate", 4, 4), ("scatter", 3, 3)):
+        for name, integers, tensors in (
+            ("lay_out", 4, 2),
+            ("project", 5, 5),
+            ("accumulate", 4, 4),
+            ("scatter", 3, 3),
+        ):
             function = getattr(library, name)
             function.argtypes = [_INTEGER] * integers + [_POINTER] * tensors
             function.restype = None
@@ -116,7 +120,9 @@ def panels(weight: Tensor) -> Tensor:
     """Lay the right-hand side of a product, [K, N], out for the library: [N / panel, K, panel]."""
     K, N = weight.shape
     panel = _library().panel()
-    return F.pad(weight, (0, -N % panel)).view(K, -1, panel).transpose(0, 1).contiguous()
+    found = weight.new_empty(-(-N // panel), K, panel)
+    _library().lay_out(K, N, *weight.stride(), weight.data_ptr(), _pointer(found))
+    return found
 
 
 def batch(lengths: Tensor, steps: int) -> Batch:

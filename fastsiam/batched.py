@@ -35,6 +35,7 @@ from fastsiam._packed import (
     empty,
     project,
     schedule,
+    stack,
 )
 
 CELLS: dict[str, ModuleType] = {"lstm": batched_lstm, "gru": batched_gru}
@@ -54,7 +55,7 @@ def prepare(
     how, dtype = CELLS[cell], compute_dtype(x.dtype)
     tables = [project(how, x, weight_ih[p], _of(bias, p)) for p in range(weight_ih.shape[0])]
     weights = [how.recurrent_weight(weight.to(dtype)) for weight in weight_hh]
-    return _stack(tables), _stack(weights)
+    return stack(tables), stack(weights)
 
 
 def infer(
@@ -237,7 +238,7 @@ def backward(
         if need_dx:
             dx.index_add_(0, words, how.input_gradient(dtable, weight_ih[p].to(dtype)))
         weights.append(how.weight_gradients(gates_by_x, gates_by_h, dtable.sum(dim=0)))
-    dweight_ih, dweight_hh, dbias = (_stack(list(parts)) for parts in zip(*weights, strict=True))
+    dweight_ih, dweight_hh, dbias = (stack(list(parts)) for parts in zip(*weights, strict=True))
     return dx, dweight_ih, dweight_hh, dbias
 
 
@@ -304,10 +305,6 @@ def _visitor(block: Block, seen: Seen) -> Callable[[int, Tensor], None] | None:
 
 def _of(stacked: Tensor | None, p: int) -> Tensor | None:
     return None if stacked is None else stacked[p]
-
-
-def _stack(tensors: list[Tensor]) -> Tensor:
-    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
 
 
 def _zeros(like: Tensor, N: int, H: int, count: int) -> tuple[Tensor, ...]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastsiam import _steps
-from fastsiam._packed import BLOCK, Reached, Saved, empty
+from fastsiam._packed import BLOCK, Reached, Saved, empty, stack
 
 
 def infer(
@@ -171,7 +171,7 @@ def backward(
         if need_dx:
             dx.index_add_(0, words, how.input_gradient(dtable, weight_ih[p].float()))
         grads.append(how.weight_gradients(gates_by_x, h_by_gates.T, dtable.sum(dim=0)))
-    dweight_ih, dweight_hh, dbias = (torch.stack(parts) for parts in zip(*grads, strict=True))
+    dweight_ih, dweight_hh, dbias = (stack(list(parts)) for parts in zip(*grads, strict=True))
     return dx, dweight_ih, dweight_hh, dbias
 
 

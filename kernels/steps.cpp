@@ -502,6 +502,17 @@ void run(const Layer& layer, int64_t first, int64_t last, int64_t room, Run tile
 extern "C" int64_t version() { return 2; }
 extern "C" int64_t panel() { return PANEL; }
 
+// Lays `weight`, [K, N] with these strides, out as Panels.
+extern "C" void lay_out(int64_t K, int64_t N, int64_t stride_k, int64_t stride_n,
+                        const float* weight, float* panels) {
+    for (int64_t j = 0; j < N; j += PANEL, panels += K * PANEL)
+        for (int64_t i = 0; i < PANEL; i++) {
+            const float* column = &weight[(j + i) * stride_n];
+            for (int64_t k = 0; k < K; k++)
+                panels[k * PANEL + i] = j + i < N ? column[k * stride_k] : 0.0f;
+        }
+}
+
 // Orders the sequences longest first, equal ones as they came, and finds where each tile begins.
 // `place` [T + 2] comes as zeros.
 extern "C" void order(int64_t N, int64_t T, int64_t tile, const int64_t* lengths, int64_t* place,
