@@ -53,8 +53,12 @@ def prepare(
         [P, R, 4H] and [P, H, 4H], for a GRU [P, H, 3H].
     """
     how, dtype = CELLS[cell], compute_dtype(x.dtype)
-    tables = [project(how, x, weight_ih[p], _of(bias, p)) for p in range(weight_ih.shape[0])]
     weights = [how.recurrent_weight(weight.to(dtype)) for weight in weight_hh]
+    parts = [(part, _of(bias, p)) for p, part in enumerate(weight_ih)]
+    if _compiled(weights[0], weight_hh.shape[2]):
+        tables = [compiled.project(how, x, None, *part) for part in parts]
+    else:
+        tables = [project(how, x, *part) for part in parts]
     return stack(tables), stack(weights)
 
 

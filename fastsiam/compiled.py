@@ -22,6 +22,17 @@ from fastsiam import _steps
 from fastsiam._packed import BLOCK, Reached, Saved, empty, stack
 
 
+def project(
+    how: ModuleType, x: Tensor, rows: Tensor | None, weight_ih: Tensor, bias: Tensor | None
+) -> Tensor:
+    """Project rows of x, [R, D]; None: all of them. Do for one direction as `batched.prepare`."""
+    if x.dtype != torch.float32:
+        x, rows = (x if rows is None else x.index_select(0, rows)).float(), None
+    weight = weight_ih.float()
+    of_bias = how.input_bias(None if bias is None else bias.float(), weight)
+    return _steps.project(x, rows, how.input_weight(weight), of_bias)
+
+
 def infer(
     table: Tensor,
     weight: Tensor,
@@ -95,9 +106,7 @@ def forward(
         words, places = _steps.distinct(batch, ids, x.shape[0])
     for p in range(P):
         rows = words if ids is not None else _steps.pack(batch, p, None, None)[0]
-        of_input = weight_ih[p].float()
-        of_bias = how.input_bias(None if bias is None else bias[p].float(), of_input)
-        table = _steps.project(*_rows_of(x, rows), how.input_weight(of_input), of_bias)
+        table = project(how, x, rows, weight_ih[p], None if bias is None else bias[p])
         _steps.forward(
             cell,
             batch,
@@ -167,19 +176,15 @@ def backward(
             if ids is not None:
                 _steps.scatter(dgates, rows[block], dtable)
         gates_by_x = gates.new_zeros(4 * H, x.shape[1])
-        _steps.accumulate(dtable, *_rows_of(x, words), gates_by_x)
+        if x.dtype == torch.float32:
+            _steps.accumulate(dtable, x, words, gates_by_x)
+        else:
+            _steps.accumulate(dtable, x.index_select(0, words).float(), None, gates_by_x)
         if need_dx:
             dx.index_add_(0, words, how.input_gradient(dtable, weight_ih[p].float()))
         grads.append(how.weight_gradients(gates_by_x, h_by_gates.T, dtable.sum(dim=0)))
     dweight_ih, dweight_hh, dbias = (stack(list(parts)) for parts in zip(*grads, strict=True))
     return dx, dweight_ih, dweight_hh, dbias
-
-
-def _rows_of(x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return a float32 tensor and which of its rows are these of x; None: all in order."""
-    if x.dtype == torch.float32:
-        return x, rows
-    return x.index_select(0, rows).float(), None
 
 
 def _from(

@@ -183,7 +183,7 @@ INLINE Float sigmoid(Float x) {
     series = series * rest + 1.0f;
     typename BitsOf<Float>::type bits;
     std::memcpy(&bits, &shifted, sizeof bits);
-    bits = (bits + 127) << 23;
+    bits = (bits + 127u) << 23u;
     Float power;
     std::memcpy(&power, &bits, sizeof power);
     return 1.0f / (series * power + 1.0f);
