@@ -258,7 +258,7 @@ def project(x: Tensor, rows: Tensor | None, weight: Tensor, bias: Tensor) -> Ten
         bias: [M].
     """
     W = x.shape[0] if rows is None else rows.shape[0]
-    right, x = panels(weight.T), x.contiguous()
+    right = panels(weight.T)
     found = x.new_empty(W, bias.shape[0])
     sizes = W, x.shape[1], weight.shape[0], bias.shape[0], torch.get_num_threads()
     _library().project(*sizes, *map(_pointer, (x, rows, right, bias, found)))
@@ -267,7 +267,6 @@ def project(x: Tensor, rows: Tensor | None, weight: Tensor, bias: Tensor) -> Ten
 
 def accumulate(a: Tensor, b: Tensor, rows: Tensor | None, total: Tensor) -> None:
     """Add a.T @ b[rows] to total, [M, N]: a [K, M], b [., N]; None: all rows in order."""
-    b = b.contiguous()
     sizes = *a.shape, b.shape[1], torch.get_num_threads()
     _library().accumulate(*sizes, *map(_pointer, (a, b, rows, total)))
 

@@ -26,8 +26,7 @@ def project(
     how: ModuleType, x: Tensor, rows: Tensor | None, weight_ih: Tensor, bias: Tensor | None
 ) -> Tensor:
     """Project rows of x, [R, D]; None: all of them. Do for one direction as `batched.prepare`."""
-    if x.dtype != torch.float32:
-        x, rows = (x if rows is None else x.index_select(0, rows)).float(), None
+    x, rows = _float_rows(x, rows)
     weight = weight_ih.float()
     of_bias = how.input_bias(None if bias is None else bias.float(), weight)
     return _steps.project(x, rows, how.input_weight(weight), of_bias)
@@ -176,15 +175,19 @@ def backward(
             if ids is not None:
                 _steps.scatter(dgates, rows[block], dtable)
         gates_by_x = gates.new_zeros(4 * H, x.shape[1])
-        if x.dtype == torch.float32:
-            _steps.accumulate(dtable, x, words, gates_by_x)
-        else:
-            _steps.accumulate(dtable, x.index_select(0, words).float(), None, gates_by_x)
+        _steps.accumulate(dtable, *_float_rows(x, words), gates_by_x)
         if need_dx:
             dx.index_add_(0, words, how.input_gradient(dtable, weight_ih[p].float()))
         grads.append(how.weight_gradients(gates_by_x, h_by_gates.T, dtable.sum(dim=0)))
     dweight_ih, dweight_hh, dbias = (stack(list(parts)) for parts in zip(*grads, strict=True))
     return dx, dweight_ih, dweight_hh, dbias
+
+
+def _float_rows(x: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return float32 rows without gaps: x and which of its rows, or these rows alone."""
+    if x.dtype == torch.float32 and x.is_contiguous():
+        return x, rows
+    return (x if rows is None else x.index_select(0, rows)).float().contiguous(), None
 
 
 def _from(

@@ -292,3 +292,19 @@ def test_prepared_of_another_network():
             functional.siamese_encode(
                 ids, weights["lstm"], embedding=table, backend="torch", prepared=prepared
             )
+
+
+@needs_library
+def test_word_vectors_with_gaps():
+    """Columns of a wider table."""
+    wide, ids, lengths, _, weights = draw("lstm", N=30, H=8, P=1, D=5)
+    weights = [w.float() for w in weights]
+    wide = torch.cat((wide, wide), dim=1).float()
+    inputs = ids, lengths, None, *weights[:2]
+    how = 6, "last", False, "lstm"
+    found = []
+    for x in (wide[:, :5], wide[:, :5].contiguous()):
+        vectors, _, saved = batched.forward(x, *inputs, weights[2], *how)
+        grads = batched.backward(vectors, None, x, *inputs, saved, *how[:2], True, "lstm")
+        found.append([*batched.prepare(x, *weights, "lstm"), vectors, *grads])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
