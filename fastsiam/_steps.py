@@ -20,9 +20,10 @@ MAX_HIDDEN = 512
 # the interface, as in steps.cpp
 VERSION = 2
 
-# sequences in a tile; of few sequences smaller ones, so that each thread gets some
-TILE, SMALL_TILE = 24, 12
-FEW = 96
+# sequences in a tile; of few ones less, so that each thread gets some, unless the weights are too
+# many to be read for each tile
+TILE, SMALL_TILE = 24, 6
+FEW, NEAR_HIDDEN = 256, 128
 
 _POOLINGS = {"last": 0, "max": 1, "mask": 2}
 
@@ -125,14 +126,14 @@ def panels(weight: Tensor) -> Tensor:
     return found
 
 
-def batch(lengths: Tensor, steps: int) -> Batch:
-    """Order sequences of `lengths`, [N], each padded to `steps`.
+def batch(lengths: Tensor, steps: int, H: int) -> Batch:
+    """Order sequences of `lengths`, [N], each padded to `steps`, for states of H units.
 
     A length beyond these, which only an unchecked call can bring, counts as the nearest one.
     """
     lengths = lengths.long().clamp(0, steps)
     N = lengths.shape[0]
-    tile = TILE if N > FEW else SMALL_TILE
+    tile = SMALL_TILE if N <= FEW and H <= NEAR_HIDDEN else TILE
     order = torch.empty_like(lengths)
     starts = lengths.new_empty(-(-N // tile) + 1)
     place = lengths.new_zeros(steps + 2)

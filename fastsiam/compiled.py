@@ -47,7 +47,7 @@ def infer(
     N, P, H = lengths.shape[0], *weight.shape[:2]
     if ids is None:
         ids = torch.arange(N * steps, device=lengths.device)
-    batch = _steps.batch(lengths, steps)
+    batch = _steps.batch(lengths, steps, H)
     vectors = table.new_empty(N, P * H)
     outputs = table.new_zeros(N, steps, P * H) if keep_outputs else None
     ids, mask = ids.long(), None if mask is None else mask.float()
@@ -87,7 +87,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Saved]:
     """Do as `batched.forward`."""
     N, P, H = lengths.shape[0], weight_hh.shape[0], weight_hh.shape[2]
-    batch = _steps.batch(lengths, steps)
+    batch = _steps.batch(lengths, steps, H)
     nothing = torch.empty(0, dtype=torch.float32, device=x.device)
     vectors = nothing.new_empty(N, P * H)
     outputs = nothing.new_zeros((N, steps, P * H) if keep_outputs else 0)
@@ -145,7 +145,7 @@ def backward(
     gates, cells, states, peaks = saved
     dx = gates.new_zeros(x.shape if need_dx else 0)
     grads: list[tuple[Tensor, Tensor, Tensor]] = []
-    batch = _steps.batch(lengths, steps)
+    batch = _steps.batch(lengths, steps, H)
     blocks = list(_blocks(batch.starts.tolist()))
     dvectors = None if dvectors is None else dvectors.float().contiguous()
     last = dvectors if pooling == "last" else None
@@ -198,10 +198,11 @@ def _from(
 
 
 def _blocks(starts: list[int]) -> Iterator[tuple[tuple[int, int], slice]]:
-    """Return tiles with about BLOCK tokens, from and to, and their packed rows."""
-    first = 0
-    for last in range(1, len(starts)):
-        if starts[last] - starts[first] >= BLOCK or last == len(starts) - 1:
-            if starts[last] > starts[first]:
-                yield (first, last), slice(starts[first], starts[last])
-            first = last
+    """Cut into equal parts of about BLOCK tokens: tiles, from and to, and their packed rows."""
+    total = starts[-1]
+    count = max(1, total // BLOCK)
+    first = part = 0
+    for last, end in enumerate(starts):
+        if end > starts[first] and end * count >= total * (part + 1):
+            yield (first, last), slice(starts[first], end)
+            first, part = last, end * count // total

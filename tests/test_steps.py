@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastsiam import SiameseLSTM, _steps, batched, functional
+from fastsiam import SiameseLSTM, _steps, batched, compiled, functional
 
 COMPILED = not _steps.obstacle(torch.device("cpu"), torch.float32, H=1)
 needs_library = pytest.mark.skipif(not COMPILED, reason="the step loops are not compiled here")
@@ -92,7 +92,7 @@ def test_threads_change_no_bit(cell):
 def one_step(table):
     """Run an LSTM's first step over a table, [N, 4H]; return vectors [N, H] and what is saved."""
     N, H = table.shape[0], table.shape[1] // 4
-    batch = _steps.batch(torch.ones(N, dtype=torch.long), 1)
+    batch = _steps.batch(torch.ones(N, dtype=torch.long), 1, H)
     vectors = torch.empty(N, H)
     saved = torch.empty(N, 4 * H), torch.empty(N, H), torch.empty(N, H)
     panels = _steps.panels(torch.zeros(H, 4 * H))
@@ -165,7 +165,7 @@ LENGTHS = [[0], [0, 0, 0], [3, 0, 7, 7, 1, -2, 9], [5] * 2050, []]
 def test_order_of_a_batch(lengths, p):
     """Longest first, equal ones as they came; packed rows are tiles, and steps in each."""
     lengths = torch.tensor(lengths, dtype=torch.int32)
-    batch = _steps.batch(lengths, 7)
+    batch = _steps.batch(lengths, 7, H=1)
     capped = lengths.clamp(0, 7).tolist()
     assert batch.lengths.tolist() == capped
     order = sorted(range(len(capped)), key=lambda n: -capped[n])
@@ -308,3 +308,23 @@ def test_word_vectors_with_gaps():
         grads = batched.backward(vectors, None, x, *inputs, saved, *how[:2], True, "lstm")
         found.append([*batched.prepare(x, *weights, "lstm"), vectors, *grads])
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("starts", "ends"),
+    [
+        ([0], []),
+        ([0, 0, 0], []),
+        ([0, 5, 5], [5]),
+        ([0, 438, 876, 4380, 4672], [4380, 4672]),
+        ([0, 9000, 9001, 9002, 9003], [9000, 9003]),
+        ([*range(0, 4800, 240)], [2400, 4560]),
+    ],
+)
+def test_blocks_of_a_backward(starts, ends):
+    """Whole tiles in equal parts, and each token once."""
+    blocks = list(compiled._blocks(starts))
+    assert [block.stop for _, block in blocks] == ends
+    assert [block.start for _, block in blocks] == [0, *ends][: len(ends)]
+    for (first, last), block in blocks:
+        assert slice(starts[first], starts[last]) == block
