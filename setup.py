@@ -9,9 +9,13 @@ from setuptools import Extension, setup
 FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math"]
 # its threads are then those of PyTorch, which brings the library of this name
 OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
+BUILDS = {"": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
-    # fastsiam/_steps.py does not load it on a processor without these
-    FLAGS += ["-mavx2", "-mfma"]
+    # fastsiam/_steps.py loads the one that the processor can run
+    AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+    BUILDS = {"": ["-mavx2", "-mfma"], "_avx512": ["-mavx2", "-mfma", *AVX512]}
+    # of which GCC 12 accuses its own header
+    FLAGS += ["-Wno-maybe-uninitialized"]
 
 # it uses nothing of Python, so one build serves every version; but a free-threaded Python refuses
 # what says so
@@ -20,15 +24,16 @@ STABLE = not sysconfig.get_config_var("Py_GIL_DISABLED")
 setup(
     package_dir={"fastsiam": "fastsiam", "fastsiam.kernels": "kernels"},
     ext_modules=[
-        # a plain library for ctypes; without a compiler fastsiam does without it
+        # plain libraries for ctypes; without a compiler fastsiam does without them
         Extension(
-            "fastsiam._compiled_steps",
+            f"fastsiam._compiled_steps{name}",
             sources=["kernels/steps.cpp"],
-            extra_compile_args=FLAGS + OPENMP,
+            extra_compile_args=FLAGS + flags + OPENMP,
             extra_link_args=OPENMP,
             py_limited_api=STABLE,
             optional=True,
         )
+        for name, flags in BUILDS.items()
     ],
     options={"bdist_wheel": {"py_limited_api": "cp311"}} if STABLE else {},
 )

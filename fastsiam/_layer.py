@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastsiam import batched
+from fastsiam._packed import Saved, compute_dtype
 
 # padded tokens, and sequences, whose activations `gradients_in_parts` holds at once
 PART_TOKENS, PART_SEQUENCES = 2**16, 1024
@@ -41,7 +42,7 @@ def prepared_shapes(
 
         table, weight = _packing.packed_shapes(R, H, dtype, P)
         return (table, _packing.table_dtype(dtype)), (weight, torch.int16)
-    computed = batched.compute_dtype(dtype)
+    computed = compute_dtype(dtype)
     return ((P, R, 4 * H), computed), ((P, H, rows), computed)
 
 
@@ -53,7 +54,7 @@ def saved_shapes(
         return _packing_of(cell).record_shapes(N, steps, H, P), dtype
     M = N * steps
     cells = (P, M, H) if batched.CELLS[cell].STATES == 2 else (0,)
-    return ((P, M, 4 * H), cells, (P, M, H)), batched.compute_dtype(dtype)
+    return ((P, M, 4 * H), cells, (P, M, H)), compute_dtype(dtype)
 
 
 def infer(
@@ -170,7 +171,7 @@ def gradients(
     weight_ih: Tensor,
     weight_hh: Tensor,
     h: Tensor,
-    saved: batched.Saved,
+    saved: Saved,
     steps: int,
     pooling: str,
     need_dx: bool,
@@ -275,7 +276,7 @@ def gradients_in_parts(
             _some(doutputs, some),
             *part,
             vectors,
-            batched.Saved(*kept),
+            Saved(*kept),
             steps,
             pooling,
             need_dx,

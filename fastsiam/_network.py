@@ -16,7 +16,7 @@ from fastsiam import _layer, _ops, _steps, reference
 from fastsiam._backend import Choice, resolve_backend
 from fastsiam._checks import Weights, check_network
 from fastsiam._measured import Call
-from fastsiam.batched import compute_dtype
+from fastsiam._packed import compute_dtype
 
 
 class Prepared(NamedTuple):

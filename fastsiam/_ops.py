@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fastsiam import _layer, _topk, batched
+from fastsiam import _layer, _topk
+from fastsiam._packed import Saved, compute_dtype
 
 Fake = TypeVar("Fake", bound=Callable[..., Any])
 
@@ -131,7 +132,7 @@ def _fake_outputs(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     N = lengths.shape[0]
     B = N // 2 if paired else 0
-    score_dtype = batched.compute_dtype(dtype)
+    score_dtype = compute_dtype(dtype)
     sim = like.new_empty(B, dtype=score_dtype)
     h = like.new_empty(N, columns, dtype=dtype)
     states = like.new_empty((N, steps, columns) if keep_outputs else 0, dtype=dtype)
@@ -346,7 +347,7 @@ def siamese_bwd(
         if recompute:
             grads = _layer.gradients_in_parts(dpair, dh, doutputs, *of_layer, bias, h, *how)
         else:
-            saved = batched.Saved(gates, c, states, peaks)
+            saved = Saved(gates, c, states, peaks)
             grads = _layer.gradients(dpair, dh, doutputs, *of_layer, h, saved, *how)
     return *grads, dscale
 

@@ -1,18 +1,49 @@
-"""What `batched` runs through, and what becomes of it: packed tokens, pooled hidden states."""
+"""What `batched` runs through, and what becomes of it: packed tokens, pooled hidden states.
+
+Some of it `compiled` has in common with it.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import mmap
+import weakref
+from collections import deque
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastsiam import _steps
-from fastsiam._steps import Seen
-
 # sequences in a group, and packed rows that a block has at least where its group has as many
 GROUP = 1024
 BLOCK = 2048
+
+# bytes from which the GNU C library takes memory from the system whatever was free before
+HUGE = 32 * 2**20
+
+# the memory of tensors of `empty` that are gone, as many as a forward takes
+_SPARE: deque[mmap.mmap] = deque(maxlen=3)
+
+
+class Saved(NamedTuple):
+    """What `forward` keeps for `backward`: rows of packed tokens, of which the rest is not used."""
+
+    gates: Tensor  # [P, N * T, 4H]
+    cells: Tensor  # [P, N * T, H] the cell state before each token; empty for a cell without one
+    states: Tensor  # [P, N * T, H] the hidden state before each token
+    peaks: (
+        Tensor  # [N, P * H] int32, step in own time of each unit's maximum; empty unless pooled so
+    )
+
+
+class Seen(NamedTuple):
+    """What becomes of a block's hidden states besides; None where it is not wanted."""
+
+    outputs: Tensor | None  # [m, H] all of them
+    pooled: Tensor | None  # [n, H] their sum by weights, or without these their maximum
+    weights: Tensor | None  # [m, 1]
+    peaks: Tensor | None  # [n, H] int32, step in own time of the maximum
 
 
 class Block(NamedTuple):
@@ -39,8 +70,7 @@ def schedule(lengths: Tensor, steps: int, P: int) -> Schedule:
     A length beyond these, which only an unchecked call can bring, counts as the nearest one.
     """
     lengths = lengths.long().clamp(0, steps)
-    compiled = not _steps.obstacle(lengths.device, torch.float32, H=1)
-    order, tokens, alive = (_steps.schedule if compiled else _order)(lengths, steps, P, GROUP)
+    order, tokens, alive = _order(lengths, steps, P, GROUP)
     blocks: list[Block] = []
     row = 0
     for number, left in enumerate(alive):
@@ -59,7 +89,7 @@ def schedule(lengths: Tensor, steps: int, P: int) -> Schedule:
 def _order(
     lengths: Tensor, steps: int, P: int, group: int
 ) -> tuple[Tensor, list[Tensor], list[list[int]]]:
-    """Do as `_steps.schedule` in tensor operations."""
+    """Return sequences, longest first; each direction's tokens; each group's rows by step."""
     longest_first, order = torch.sort(lengths, descending=True, stable=True)
     tokens: list[list[Tensor]] = [[] for _ in range(P)]
     alive: list[list[int]] = []
@@ -170,3 +200,55 @@ class Reached(NamedTuple):
             states = flat.index_select(0, tokens)
             found = states if found is None else found.add_(states)
         return found
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of states and sums: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def project(how: ModuleType, x: Tensor, weight_ih: Tensor, bias: Tensor | None) -> Tensor:
+    """Return the input gates of the rows of x, [R, D], as [R, 4H] in the dtype of sums."""
+    dtype = compute_dtype(x.dtype)
+    table: Tensor = how.project(
+        x.to(dtype), weight_ih.to(dtype), None if bias is None else bias.to(dtype)
+    )
+    return table
+
+
+def stack(tensors: list[Tensor]) -> Tensor:
+    """Return one tensor a direction as one: a single one is not copied."""
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
+
+
+def empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Return uninitialized memory, in huge pages where it is large.
+
+    What is this large the C library takes from the system at each call and gives back afterwards,
+    and the system clears each page: that costs as much as the arithmetic that fills them. So it is
+    taken in pages of 2 MiB where there are some, and what the last tensors of this kind had is kept
+    for the next ones.
+    """
+    size = torch.Size(shape).numel() * like.element_size()
+    if like.device.type != "cpu" or size < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return like.new_empty(shape)
+    memory = _spare(size)
+    if memory is None:
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with contextlib.suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    # the storage holds the view until nothing reads it any more
+    view = memoryview(memory)[:size]
+    weakref.finalize(view, _SPARE.append, memory).atexit = False
+    return torch.frombuffer(view, dtype=like.dtype).view(shape)
+
+
+def _spare(size: int) -> mmap.mmap | None:
+    """Return memory that is not in use any more, of at least some bytes, and drop what is not."""
+    while True:
+        try:
+            memory = _SPARE.popleft()
+        except IndexError:
+            return None
+        if len(memory) >= size:
+            return memory

@@ -1,67 +1,108 @@
-"""The compiled step loops of kernels/steps.cpp, where this installation has them.
+"""The compiled library of kernels/steps.cpp, where this installation has it.
 
-They take float32 on a CPU; `batched` runs loops of tensor operations for all else, and where no C++
-compiler was found when fastsiam was installed.
+It takes float32 on a CPU; `batched` runs tensor operations for all else, and where no C++ compiler
+was found when fastsiam was installed. What its functions do and take is told there.
 """
 
 from __future__ import annotations
 
 import ctypes
 import platform
-from collections.abc import Callable, Iterable, Iterator
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 # above it a call with few sequences copies and reads more weights than it computes with
 MAX_HIDDEN = 512
-# columns of a panel, and the interface, as in steps.cpp
-PANEL = 16
-VERSION = 1
+# the interface, as in steps.cpp
+VERSION = 2
+
+# sequences in a tile; of few ones less, so that each thread gets some, unless the weights are too
+# many to be read for each tile
+TILE, SMALL_TILE = 24, 6
+FEW, NEAR_HIDDEN = 256, 128
+
+_POOLINGS = {"last": 0, "max": 1, "mask": 2}
 
 _FOLDER = Path(__file__).parent
 _POINTER, _INTEGER = ctypes.c_void_p, ctypes.c_int64
 
 
-class Seen(NamedTuple):
-    """What becomes of a block's hidden states besides; None where it is not wanted."""
+class _Layer(ctypes.Structure):
+    """What steps.cpp calls Layer, field by field."""
 
-    outputs: Tensor | None  # [m, H] all of them
-    pooled: Tensor | None  # [n, H] their sum by weights, or without these their maximum
-    weights: Tensor | None  # [m, 1]
-    peaks: Tensor | None  # [n, H] int32, step in own time of the maximum
+    _fields_ = [
+        *((name, _INTEGER) for name in ("H", "N", "T", "columns", "turned", "pooling")),
+        *((name, _INTEGER) for name in ("threads", "tile")),
+        *((name, _POINTER) for name in ("lengths", "order", "starts", "panels")),
+        ("R", _INTEGER),
+        *((name, _POINTER) for name in ("table", "ids", "places", "mask")),
+        *((name, _POINTER) for name in ("vectors", "outputs", "peaks")),
+        *((name, _POINTER) for name in ("gates", "before_h", "before_c")),
+        ("first", _INTEGER),
+        ("last", _INTEGER),
+        *((name, _POINTER) for name in ("dvectors", "upstream", "dgates")),
+    ]
+
+
+class Batch(NamedTuple):
+    """The sequences of a batch in tiles, longest first."""
+
+    lengths: Tensor  # [N] int64, from 0 to the padded steps
+    steps: int
+    tile: int  # sequences in one
+    order: Tensor  # [N] sequences
+    starts: Tensor  # [tiles + 1] packed row where each tile begins and the last one ends
 
 
 def _load() -> tuple[ctypes.CDLL | None, str]:
-    """Return the library, or why there is none."""
+    """Return the library for this processor, or why there is none."""
+    capability = torch.backends.cpu.get_cpu_capability()
     names = [f"_compiled_steps{suffix}" for suffix in EXTENSION_SUFFIXES]
+    if capability == "AVX512":
+        names = [f"_compiled_steps_avx512{suffix}" for suffix in EXTENSION_SUFFIXES] + names
     file = next((_FOLDER / name for name in names if (_FOLDER / name).exists()), None)
     if file is None:
         return None, "this installation of fastsiam was made without a C++ compiler that takes them"
-    capability = torch.backends.cpu.get_cpu_capability()
     if platform.machine().lower() in ("x86_64", "amd64") and "AVX" not in capability:
         return None, f"they need AVX2, and PyTorch names this processor {capability}"
+    return _open(file)
+
+
+def _open(file: Path) -> tuple[ctypes.CDLL | None, str]:
+    """Return the library in a file, or why it is of no use."""
     try:
         library = ctypes.CDLL(str(file))
         if library.version() != VERSION:
             return None, "they are of another version; install fastsiam again"
+        layer = ctypes.POINTER(_Layer)
         for cell in ("lstm", "gru"):
-            for name, tensors in ((f"{cell}_forward", 10), (f"{cell}_backward", 8)):
-                function = getattr(library, name)
-                # H, steps, sizes, step, threads, and the tensors
-                numbers = [_INTEGER, _INTEGER, _POINTER, _INTEGER, ctypes.c_int]
-                function.argtypes, function.restype = numbers + [_POINTER] * tensors, None
-        library.schedule.argtypes = [_INTEGER] * 3 + [_POINTER] * 6
-        library.schedule.restype = _INTEGER
+            forward, backward = (getattr(library, f"{cell}_{way}") for way in _WAYS)
+            forward.argtypes, forward.restype = [layer], ctypes.c_bool
+            backward.argtypes, backward.restype = [layer], None
+        library.panel.restype = _INTEGER
+        library.order.argtypes, library.order.restype = [_INTEGER] * 3 + [_POINTER] * 4, None
+        library.distinct.argtypes = [_INTEGER] * 3 + [_POINTER] * 4
+        library.distinct.restype = _INTEGER
+        for name, integers, tensors in (
+            ("lay_out", 4, 2),
+            ("project", 5, 5),
+            ("accumulate", 4, 4),
+            ("scatter", 3, 3),
+        ):
+            function = getattr(library, name)
+            function.argtypes = [_INTEGER] * integers + [_POINTER] * tensors
+            function.restype = None
+        library.pack.argtypes, library.pack.restype = [layer, _POINTER, _POINTER], None
     except (OSError, AttributeError) as error:
         return None, f"they could not be loaded: {error}"
     return library, ""
 
 
+_WAYS = ("forward", "backward")
 _LIBRARY, _WHY_NOT = _load()
 
 
@@ -77,83 +118,193 @@ def obstacle(device: torch.device, dtype: torch.dtype, H: int) -> str:
 
 
 def panels(weight: Tensor) -> Tensor:
-    """Lay the right-hand side of a step's product, [K, N], out for the loops: [N / 16, K, 16]."""
+    """Lay the right-hand side of a product, [K, N], out for the library: [N / panel, K, panel]."""
     K, N = weight.shape
-    return F.pad(weight, (0, -N % PANEL)).view(K, -1, PANEL).transpose(0, 1).contiguous()
+    panel = _library().panel()
+    found = weight.new_empty(-(-N // panel), K, panel)
+    _library().lay_out(K, N, *weight.stride(), weight.data_ptr(), _pointer(found))
+    return found
 
 
-def schedule(
-    lengths: Tensor, steps: int, P: int, group: int
-) -> tuple[Tensor, list[Tensor], list[list[int]]]:
-    """Return sequences, longest first; each direction's tokens; each group's rows by step.
+def batch(lengths: Tensor, steps: int, H: int) -> Batch:
+    """Order sequences of `lengths`, [N], each padded to `steps`, for states of H units.
 
-    `lengths` [N] are int64, from 0 to `steps`.
+    A length beyond these, which only an unchecked call can bring, counts as the nearest one.
     """
+    lengths = lengths.long().clamp(0, steps)
     N = lengths.shape[0]
-    order = torch.empty(N, dtype=torch.long, device=lengths.device)
-    tokens = [order.new_empty(N * steps) for _ in range(P)]
-    alive = (_INTEGER * (-(-N // group) * steps))()
-    found = [lengths, order, *tokens, *[None] * (2 - P), order.new_zeros(steps + 2)]
-    assert _LIBRARY is not None
-    count = _LIBRARY.schedule(N, steps, group, *_pointers(found), ctypes.addressof(alive))
-    by_group = [alive[at : at + steps] for at in range(0, len(alive), steps)] if steps else []
-    sizes = [some[: some.index(0)] if 0 in some else some for some in by_group]
-    return order, [t[:count] for t in tokens], sizes
+    tile = SMALL_TILE if N <= FEW and H <= NEAR_HIDDEN else TILE
+    order = torch.empty_like(lengths)
+    starts = lengths.new_empty(-(-N // tile) + 1)
+    place = lengths.new_zeros(steps + 2)
+    _library().order(N, steps, tile, *map(_pointer, (lengths, place, order, starts)))
+    return Batch(lengths, steps, tile, order, starts)
+
+
+def distinct(batch: Batch, ids: Tensor, R: int) -> tuple[Tensor, Tensor]:
+    """Return the distinct ids of a batch's tokens, [W], ascending, and where each stands, [R]."""
+    N = batch.lengths.shape[0]
+    places = ids.new_empty(R)
+    words = ids.new_empty(min(R, N * batch.steps))
+    count = _library().distinct(
+        N, batch.steps, R, *map(_pointer, (batch.lengths, ids, places, words))
+    )
+    if count < 0:
+        raise IndexError(f"an id is not from 0 to {R - 1}")
+    return words[:count], places
+
+
+def pack(batch: Batch, p: int, ids: Tensor | None, places: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the tokens as packed: flat positions n * T + t, and of ids the places, each [M]."""
+    tokens = batch.order.new_empty(int(batch.starts[-1]))
+    rows = torch.empty_like(tokens) if ids is not None else None
+    layer = _layer(batch, p, H=0, ids=ids, places=places)
+    _library().pack(layer, _pointer(tokens), _pointer(rows))
+    return tokens, tokens if rows is None else rows
 
 
 def forward(
     cell: str,
-    gates: Tensor,
+    batch: Batch,
+    p: int,
     weight: Tensor,
-    states: tuple[Tensor, ...],
-    sizes: list[int],
-    step: int,
-    before: tuple[Tensor, ...] | None,
-    seen: Seen,
+    table: Tensor,
+    ids: Tensor | None,
+    places: Tensor | None,
+    pooling: str,
+    mask: Tensor | None,
+    vectors: Tensor,
+    outputs: Tensor | None,
+    peaks: Tensor | None,
+    saved: tuple[Tensor | None, ...],
 ) -> None:
-    """Do as `batched_lstm.forward` or `batched_gru.forward`, whose arguments these are.
+    """Run direction p over a batch.
 
-    But `weight` is in `panels`, `step` is the number of the first step, in own time, and `seen` is
-    what else is made of each h.
+    Args:
+        cell: "lstm" or "gru".
+        weight: from `panels`.
+        table: [R, 4H] input gates.
+        ids: [N, T] int64 rows of it, or ids with `places`, [R], their rows; None: rows are packed.
+        mask: [N, T] for pooling "mask".
+        vectors, outputs, peaks: [N, P * H], [N, T, P * H] and [N, P * H] int32, to be filled.
+        saved: gates, and states before each token, h and c: packed rows, to be filled.
     """
-    tensors = (weight, gates, *_two(states), *_two(before or ()), *seen)
-    _call(f"{cell}_forward", gates.shape[1] // 4, sizes, step, tensors)
+    H = weight.shape[1]
+    layer = _layer(
+        batch,
+        p,
+        H,
+        columns=vectors.shape[1],
+        pooling=_POOLINGS[pooling],
+        panels=weight,
+        R=table.shape[0],
+        table=table,
+        ids=ids,
+        places=places,
+        mask=mask,
+        vectors=_columns(vectors, p * H),
+        outputs=_columns(outputs, p * H),
+        peaks=_columns(peaks, p * H),
+        **dict(zip(("gates", "before_h", "before_c"), saved, strict=True)),
+    )
+    if not getattr(_library(), f"{cell}_forward")(layer):
+        raise IndexError(f"an id is not from 0 to {table.shape[0] - 1}")
 
 
 def backward(
     cell: str,
-    gates: Tensor,
-    before: tuple[Tensor, ...],
+    batch: Batch,
+    p: int,
+    tiles: tuple[int, int],
     weight: Tensor,
-    grads: tuple[Tensor, ...],
-    sizes: list[int],
-    step: int,
+    saved: tuple[Tensor | None, ...],
+    dvectors: Tensor | None,
     upstream: Tensor | None,
-) -> Tensor:
-    """Do as `batched_lstm.backward` or `batched_gru.backward`, but `weight` is in `panels`."""
-    dgates = torch.empty_like(gates)
-    tensors = (weight, gates, *_two(before), upstream, dgates, *_two(grads))
-    _call(f"{cell}_backward", gates.shape[1] // 4, sizes, step, tensors)
-    return dgates
-
-
-def _two(tensors: tuple[Tensor, ...]) -> tuple[Tensor | None, Tensor | None]:
-    """Return h and c: a GRU has no c."""
-    h, c = (*tensors, None, None)[:2]
-    return h, c
-
-
-def _call(
-    name: str, H: int, sizes: list[int], step: int, tensors: tuple[Tensor | None, ...]
+    dgates: Tensor,
 ) -> None:
-    function: Callable[..., None] = getattr(_LIBRARY, name)
-    counts = (_INTEGER * len(sizes))(*sizes)
+    """Fill `dgates` for the tokens of some tiles, whose packed rows it begins with.
 
-    function(H, len(sizes), counts, step, torch.get_num_threads(), *_pointers(tensors))
+    Args:
+        tiles: from which one, to before which one.
+        weight: from `panels`.
+        saved: as the forward filled them, from the first of these tiles on.
+        dvectors: [N, P * H] what reaches the last hidden states, or None.
+        upstream: [m, H] what else reaches the hidden states, or None.
+        dgates: [m, 4H].
+    """
+    H = dgates.shape[1] // 4
+    layer = _layer(
+        batch,
+        p,
+        H,
+        columns=0 if dvectors is None else dvectors.shape[1],
+        panels=weight,
+        first=tiles[0],
+        last=tiles[1],
+        dvectors=_columns(dvectors, p * H),
+        upstream=upstream,
+        dgates=dgates,
+        **dict(zip(("gates", "before_h", "before_c"), saved, strict=True)),
+    )
+    getattr(_library(), f"{cell}_backward")(layer)
 
 
-def _pointers(tensors: Iterable[Tensor | None]) -> Iterator[int | None]:
-    for tensor in tensors:
-        # a pointer says nothing of strides
-        assert tensor is None or tensor.is_contiguous()
-        yield None if tensor is None else tensor.data_ptr()
+def project(x: Tensor, rows: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
+    """Return x[rows] @ weight.T + bias: [W, M].
+
+    Args:
+        x: [R, D] float32.
+        rows: [W]; None: all in order.
+        weight: [N, D], N <= M; behind its columns stands the bias alone.
+        bias: [M].
+    """
+    W = x.shape[0] if rows is None else rows.shape[0]
+    right = panels(weight.T)
+    found = x.new_empty(W, bias.shape[0])
+    sizes = W, x.shape[1], weight.shape[0], bias.shape[0], torch.get_num_threads()
+    _library().project(*sizes, *map(_pointer, (x, rows, right, bias, found)))
+    return found
+
+
+def accumulate(a: Tensor, b: Tensor, rows: Tensor | None, total: Tensor) -> None:
+    """Add a.T @ b[rows] to total, [M, N]: a [K, M], b [., N]; None: all rows in order."""
+    sizes = *a.shape, b.shape[1], torch.get_num_threads()
+    _library().accumulate(*sizes, *map(_pointer, (a, b, rows, total)))
+
+
+def scatter(a: Tensor, rows: Tensor, total: Tensor) -> None:
+    """Add the rows of a, [K, M], to rows of total."""
+    _library().scatter(*a.shape, torch.get_num_threads(), *map(_pointer, (a, rows, total)))
+
+
+def _library() -> Any:
+    return _LIBRARY
+
+
+def _layer(batch: Batch, p: int, H: int, **fields: Tensor | int | None) -> _Layer:
+    """Return the library's view of a batch and of what else is given."""
+    fields |= {"lengths": batch.lengths, "order": batch.order, "starts": batch.starts}
+    return _Layer(
+        H=H,
+        N=batch.lengths.shape[0],
+        T=batch.steps,
+        turned=p,
+        threads=torch.get_num_threads(),
+        tile=batch.tile,
+        **{
+            name: _pointer(field) if isinstance(field, Tensor) else field
+            for name, field in fields.items()
+        },
+    )
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    # a pointer says nothing of strides
+    assert tensor is None or tensor.is_contiguous()
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _columns(tensor: Tensor | None, first: int) -> int | None:
+    """Return where some columns of a tensor's rows begin."""
+    at = _pointer(tensor)
+    return None if tensor is None or at is None else at + first * tensor.element_size()

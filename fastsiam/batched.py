@@ -10,48 +10,38 @@ gradients a block at a time.
 
 A layer has P directions, one or two, that run one after the other. Direction 1 reads a sequence
 from its last valid token to its first; "own time" counts a direction's steps from where it begins.
-What a step computes is the cell's business: `batched_lstm`, `batched_gru`; or, for float32 on a
-CPU, that of `_steps`, which is compiled. docs/cpu.md tells why it is done so.
+What a step computes is the cell's business: `batched_lstm`, `batched_gru`. For float32 on a CPU
+`compiled` does all of it where it can. docs/cpu.md tells why it is done so.
 """
 
 from __future__ import annotations
 
 import contextlib
-import mmap
 from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastsiam import _steps, batched_gru, batched_lstm
-from fastsiam._packed import BLOCK, Block, Pool, Reached, schedule
-from fastsiam._steps import Seen
+from fastsiam import _steps, batched_gru, batched_lstm, compiled
+from fastsiam._packed import (
+    BLOCK,
+    Block,
+    Pool,
+    Reached,
+    Saved,
+    Seen,
+    compute_dtype,
+    empty,
+    project,
+    schedule,
+    stack,
+)
 
 CELLS: dict[str, ModuleType] = {"lstm": batched_lstm, "gru": batched_gru}
 
 # sequences up to which an operation of a step is not worth a second thread
 SMALL = 128
-
-# bytes from which the GNU C library takes memory from the system whatever was free before
-HUGE = 32 * 2**20
-
-
-class Saved(NamedTuple):
-    """What `forward` keeps for `backward`: rows of packed tokens, of which the rest is not used."""
-
-    gates: Tensor  # [P, N * T, 4H]
-    cells: Tensor  # [P, N * T, H] the cell state before each token; empty for a cell without one
-    states: Tensor  # [P, N * T, H] the hidden state before each token
-    peaks: (
-        Tensor  # [N, P * H] int32, step in own time of each unit's maximum; empty unless pooled so
-    )
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of states and sums: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def prepare(
@@ -63,9 +53,13 @@ def prepare(
         [P, R, 4H] and [P, H, 4H], for a GRU [P, H, 3H].
     """
     how, dtype = CELLS[cell], compute_dtype(x.dtype)
-    tables = [_project(how, x, weight_ih[p], _of(bias, p)) for p in range(weight_ih.shape[0])]
     weights = [how.recurrent_weight(weight.to(dtype)) for weight in weight_hh]
-    return _stack(tables), _stack(weights)
+    parts = [(part, _of(bias, p)) for p, part in enumerate(weight_ih)]
+    if _compiled(weights[0], weight_hh.shape[2]):
+        tables = [compiled.project(how, x, None, *part) for part in parts]
+    else:
+        tables = [project(how, x, *part) for part in parts]
+    return stack(tables), stack(weights)
 
 
 def infer(
@@ -96,16 +90,17 @@ def infer(
     """
     how = CELLS[cell]
     N, P, H = lengths.shape[0], *weight.shape[:2]
+    if _compiled(table, H):
+        return compiled.infer(table, weight, ids, lengths, mask, steps, pooling, keep_outputs, cell)
     plan = schedule(lengths, steps, P)
     pool = Pool(table, N, P * H, steps, pooling, mask, plan, keep_outputs, peaks=False)
     for p, tokens in enumerate(plan.tokens):
         rows = tokens if ids is None else ids.reshape(-1).index_select(0, tokens)
-        right = _right_hand_side(weight[p], H)
         states = _zeros(table, N, H, how.STATES)
         pool.start(p, H)
         for block in plan.blocks:
             gates = torch.index_select(table[p], 0, rows[block.rows])
-            _forward(cell, block, gates, right, states, None, pool.seen(block))
+            _forward(cell, block, gates, weight[p], states, None, pool.seen(block))
         pool.finish(states[0], how.UNIT)
     return pool.vectors, pool.outputs
 
@@ -137,22 +132,25 @@ def forward(
     """
     how = CELLS[cell]
     N, P, H = lengths.shape[0], weight_hh.shape[0], weight_hh.shape[2]
-    plan = schedule(lengths, steps, P)
     like = x.new_empty(0, dtype=compute_dtype(x.dtype))
+    if _compiled(like, H):
+        of_layer = x, ids, lengths, mask, weight_ih, weight_hh
+        return compiled.forward(how, *of_layer, bias, steps, pooling, keep_outputs, cell, keep)
+    plan = schedule(lengths, steps, P)
     # the packed rows come first; the rest is never touched, so it costs address space only
     M = N * steps if keep else 0
-    gates = _empty((P, M, 4 * H), like)
-    kept = [_empty((P, M, H), like) for _ in range(how.STATES)]
+    gates = empty((P, M, 4 * H), like)
+    kept = [empty((P, M, H), like) for _ in range(how.STATES)]
     peaks = keep and pooling == "max"
     pool = Pool(like, N, P * H, steps, pooling, mask, plan, keep_outputs, peaks)
     for p, tokens in enumerate(plan.tokens):
         words, rows = _distinct(ids, tokens, x.shape[0])
         parts = [
-            _project(how, x.index_select(0, some), weight_ih[p], _of(bias, p))
+            project(how, x.index_select(0, some), weight_ih[p], _of(bias, p))
             for some in words.split(BLOCK)
         ]
         table = parts[0] if len(parts) == 1 else torch.cat(parts)
-        weight = _right_hand_side(how.recurrent_weight(weight_hh[p].to(like.dtype)), H)
+        weight = how.recurrent_weight(weight_hh[p].to(like.dtype))
         states = _zeros(like, N, H, how.STATES)
         pool.start(p, H)
         for block in plan.blocks:
@@ -202,6 +200,10 @@ def backward(
     how = CELLS[cell]
     dtype = saved.gates.dtype
     N, P, H = lengths.shape[0], weight_hh.shape[0], weight_hh.shape[2]
+    if _compiled(saved.gates, H):
+        of_layer = x, ids, lengths, mask, weight_ih, weight_hh
+        how_run = steps, pooling, need_dx, cell
+        return compiled.backward(how, dvectors, doutputs, *of_layer, saved, *how_run)
     dx = saved.gates.new_zeros(x.shape if need_dx else 0)
     weights: list[tuple[Tensor, Tensor, Tensor]] = []
     plan = schedule(lengths, steps, P)
@@ -214,7 +216,7 @@ def backward(
         if dv is not None and pooling == "last":
             # a row of dh holds dv until the steps, coming from behind, reach its last one
             torch.index_select(dv, 0, plan.order, out=grads[0])
-        weight = _right_hand_side(how.backward_weight(weight_hh[p].to(dtype)), H)
+        weight = how.backward_weight(weight_hh[p].to(dtype))
         dtable = saved.gates.new_zeros(words.shape[0], 4 * H)
         gates_by_h = saved.gates.new_zeros(4 * H, H)
         for block in reversed(plan.blocks):
@@ -240,17 +242,12 @@ def backward(
         if need_dx:
             dx.index_add_(0, words, how.input_gradient(dtable, weight_ih[p].to(dtype)))
         weights.append(how.weight_gradients(gates_by_x, gates_by_h, dtable.sum(dim=0)))
-    dweight_ih, dweight_hh, dbias = (_stack(list(parts)) for parts in zip(*weights, strict=True))
+    dweight_ih, dweight_hh, dbias = (stack(list(parts)) for parts in zip(*weights, strict=True))
     return dx, dweight_ih, dweight_hh, dbias
 
 
-def _right_hand_side(weight: Tensor, H: int) -> Tensor:
-    """Lay a step's weight out as what runs the steps wants it."""
-    return _steps.panels(weight) if _compiled(weight, H) else weight
-
-
 def _compiled(states: Tensor, H: int) -> bool:
-    """Return whether the compiled loops run the steps of such states."""
+    """Return whether the layers of such states are compiled."""
     return not _steps.obstacle(states.device, states.dtype, H)
 
 
@@ -264,9 +261,6 @@ def _forward(
     seen: Seen,
 ) -> None:
     alive = tuple(state[block.group] for state in states)
-    if _compiled(gates, gates.shape[1] // 4):
-        _steps.forward(cell, gates, weight, alive, block.sizes, block.step, before, seen)
-        return
     first, visit = block.step == 0, _visitor(block, seen)
     with _threads(block):
         CELLS[cell].forward(gates, weight, alive, block.sizes, first, before, visit)
@@ -282,8 +276,6 @@ def _backward(
     upstream: Tensor | None,
 ) -> Tensor:
     some = tuple(grad[block.group] for grad in grads)
-    if _compiled(gates, gates.shape[1] // 4):
-        return _steps.backward(cell, gates, before, weight, some, block.sizes, block.step, upstream)
     with _threads(block):
         dgates: Tensor = CELLS[cell].backward(
             gates, before, weight, some, block.sizes, block.step == 0, upstream
@@ -315,20 +307,8 @@ def _visitor(block: Block, seen: Seen) -> Callable[[int, Tensor], None] | None:
     return visit
 
 
-def _project(how: ModuleType, x: Tensor, weight_ih: Tensor, bias: Tensor | None) -> Tensor:
-    dtype = compute_dtype(x.dtype)
-    table: Tensor = how.project(
-        x.to(dtype), weight_ih.to(dtype), None if bias is None else bias.to(dtype)
-    )
-    return table
-
-
 def _of(stacked: Tensor | None, p: int) -> Tensor | None:
     return None if stacked is None else stacked[p]
-
-
-def _stack(tensors: list[Tensor]) -> Tensor:
-    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
 
 
 def _zeros(like: Tensor, N: int, H: int, count: int) -> tuple[Tensor, ...]:
@@ -347,21 +327,6 @@ def _threads(block: Block) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """Return uninitialized memory, in huge pages where it is large.
-
-    What is this large the C library takes from the system at each call and gives back afterwards;
-    in pages of 4 KiB that costs more than the arithmetic that fills them.
-    """
-    size = torch.Size(shape).numel() * like.element_size()
-    if like.device.type != "cpu" or size < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return like.new_empty(shape)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=like.dtype).view(shape)
 
 
 def _distinct(ids: Tensor | None, tokens: Tensor, R: int) -> tuple[Tensor, Tensor | None]:

@@ -37,14 +37,24 @@ _BACKWARD = (4.0, 2.0, 2.0, 4.0)
 
 def project(x: Tensor, weight_ih: Tensor, bias: Tensor | None) -> Tensor:
     """Return the input gates of the rows of x, [R, D], as [R, 4H]."""
-    H = weight_ih.shape[0] // 3
-    table = x.new_zeros(x.shape[0], 4 * H)
-    if bias is not None:
-        r, z, n, y = bias.view(4, H)
-        table.copy_(torch.cat((n * 2, r, z, y * 2)))
-    r, z, n = weight_ih.view(3, H, -1)
-    table[:, : 3 * H].addmm_(x, torch.cat((n * 2, r, z)).T)
+    rows = weight_ih.shape[0]
+    table = input_bias(bias, weight_ih).repeat(x.shape[0], 1)
+    table[:, :rows].addmm_(x, input_weight(weight_ih).T)
     return table
+
+
+def input_weight(weight_ih: Tensor) -> Tensor:
+    """Return weight_ih, [3H, D], as `project` multiplies by it: for n, r, z."""
+    r, z, n = weight_ih.chunk(3)
+    return torch.cat((n * 2, r, z))
+
+
+def input_bias(bias: Tensor | None, like: Tensor) -> Tensor:
+    """Return the bias, [4H], as `project` adds it: zeros like the weight where there is none."""
+    if bias is None:
+        return like.new_zeros(like.shape[0] // 3 * 4)
+    r, z, n, y = bias.chunk(4)
+    return torch.cat((n * 2, r, z, y * 2))
 
 
 def recurrent_weight(weight_hh: Tensor) -> Tensor:

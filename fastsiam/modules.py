@@ -16,7 +16,7 @@ from fastsiam import _steps, functional
 from fastsiam._backend import BACKENDS
 from fastsiam._checks import GATES, POOLINGS
 from fastsiam._network import allows_tf32
-from fastsiam.batched import compute_dtype
+from fastsiam._packed import compute_dtype
 from fastsiam.functional import Lengths, Prepared, Weights
 from fastsiam.kernels._tiling import NARROW
 from fastsiam.kernels._tiling_wide import describe

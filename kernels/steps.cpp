@@ -1,313 +1,654 @@
-// The step loops of fastsiam/batched_lstm.py and batched_gru.py, compiled: float32, on a CPU; and the
-// order of the tokens that they run through. What a step computes, and the scales of gates and
-// states, are explained there.
+// The layers of fastsiam/batched.py, compiled: float32, on a CPU. What a step computes, and the
+// scales of gates and states, are explained in fastsiam/batched_lstm.py and batched_gru.py.
 //
-// Sequences do not need each other, so a tile of them runs through all steps of a block before the
-// next tile begins: its states stay in the first cache, the weights in the second. Threads take
-// the tiles in turn. Rows of 4H gates and of H units lie packed, time-major, longest sequence first;
-// `sizes` says how many are alive at each step.
+// Sequences do not need each other, so a tile of them, longest first, runs through all of its steps
+// before the next tile begins: its states stay in the first cache, the weights in the second. Threads
+// take the tiles one by one. A step reads the input gates of its tokens from a table; what a backward
+// needs lies in packed rows, tile after tile, and in a tile step after step.
 
+#include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
+#ifdef __AVX__
+#include <immintrin.h>
+#endif
 
 namespace {
 
 #define INLINE inline __attribute__((always_inline))
 
-// not `using`: Clang would drop the alignment
-typedef float Vector __attribute__((vector_size(32), aligned(4), may_alias));
-
-constexpr int64_t WIDTH = 8;        // floats in a Vector
-constexpr int64_t PANEL = 16;       // columns of a product that are worked on at a time
-constexpr int64_t ROWS = 6;         // rows: 6 x 2 sums, 2 columns and a factor, of 16 registers
-constexpr int64_t TILE = 24;        // sequences
+#ifdef __AVX512F__
+constexpr int64_t WIDTH = 16;  // floats in a Vector
+#else
+constexpr int64_t WIDTH = 8;
+#endif
+constexpr int64_t PANEL = 2 * WIDTH;  // columns of a product that are worked on at a time
+constexpr int64_t ROWS = 6;  // rows: 6 x 2 sums, 2 vectors of columns and a factor, of 16 registers
+constexpr int64_t DEPTH = 64;      // terms of a sum over rows that are worked on at a time
+constexpr int64_t TILE = 24;        // most sequences in a tile
 constexpr int64_t WORTH = 1000000;  // multiplications that are worth a thread
+
+typedef float Vector __attribute__((vector_size(4 * WIDTH)));
+typedef uint32_t Bits __attribute__((vector_size(4 * WIDTH)));
 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// The right-hand side of a product, [K, N], in panels of 16 columns, [N / 16, K, 16]; what stands in
-// the last panel behind the last column is multiplied and dropped.
+// A Float is a Vector of numbers, or a single one.
+template <class Float>
+INLINE Float load(const float* from) {
+    Float x;
+    std::memcpy(&x, from, sizeof x);
+    return x;
+}
+
+template <class Float>
+INLINE void store(float* to, Float x) {
+    std::memcpy(to, &x, sizeof x);
+}
+
+// The right-hand side of a product, [K, N], in panels of PANEL columns, [N / PANEL, K, PANEL]; what
+// stands in the last panel behind the last column is multiplied and dropped.
 struct Panels {
     const float* data;
     int64_t K, N;
 };
 
-// out += a @ panel, for R rows and C vectors of columns.
+// out = start + sum, for the first columns of C vectors.
+template <int C>
+INLINE void add(const float* start, const Vector (&sum)[C], int64_t columns, float* out) {
+    if (columns == C * WIDTH) {
+#pragma GCC unroll 8
+        for (int c = 0; c < C; c++)
+            store(&out[c * WIDTH], load<Vector>(&start[c * WIDTH]) + sum[c]);
+        return;
+    }
+    float sums[C * WIDTH];
+    std::memcpy(sums, sum, sizeof sums);
+    for (int64_t j = 0; j < columns; j++) out[j] = start[j] + sums[j];
+}
+
+// out = start + a @ panel, for R rows and C vectors of columns from j on; `a` and `start` point to
+// rows, which may be anywhere.
 template <int R, int C>
-INLINE void multiply_block(const float* a, int64_t stride_a, const float* panel, int64_t K,
-                           float* out, int64_t stride_out, int64_t columns) {
+INLINE void multiply_block(const float* const* a, const float* panel, int64_t K,
+                           const float* const* start, int64_t j, float* out, int64_t stride_out,
+                           int64_t columns) {
     Vector sums[R][C] = {};
     for (int64_t k = 0; k < K; k++) {
-        const Vector* right = reinterpret_cast<const Vector*>(&panel[k * PANEL]);
+        Vector right[C];
         // unrolled, or the sums would not be in registers
+#pragma GCC unroll 8
+        for (int c = 0; c < C; c++) right[c] = load<Vector>(&panel[k * PANEL + c * WIDTH]);
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
-            for (int c = 0; c < C; c++) sums[r][c] += a[r * stride_a + k] * right[c];
+            for (int c = 0; c < C; c++) sums[r][c] += a[r][k] * right[c];
     }
 #pragma GCC unroll 8
-    for (int r = 0; r < R; r++) {
-        float* row = &out[r * stride_out];
-        if (columns == C * WIDTH) {
-#pragma GCC unroll 8
-            for (int c = 0; c < C; c++)
-                *reinterpret_cast<Vector*>(&row[c * WIDTH]) += sums[r][c];
-        } else {
-            float sum[C * WIDTH];
-            std::memcpy(sum, sums[r], sizeof sum);
-            for (int64_t j = 0; j < columns; j++) row[j] += sum[j];
-        }
-    }
+    for (int r = 0; r < R; r++) add(&start[r][j], sums[r], columns, &out[r * stride_out + j]);
 }
 
 template <int C>
-void multiply_panel(const float* a, int64_t stride_a, int64_t rows, const float* panel, int64_t K,
-                    float* out, int64_t stride_out, int64_t columns) {
-    for (; rows >= ROWS; rows -= ROWS, a += ROWS * stride_a, out += ROWS * stride_out)
-        multiply_block<ROWS, C>(a, stride_a, panel, K, out, stride_out, columns);
+void multiply_panel(const float* const* a, int64_t rows, const float* panel, int64_t K,
+                    const float* const* start, int64_t j, float* out, int64_t stride_out,
+                    int64_t columns) {
+    for (; rows >= ROWS; rows -= ROWS, a += ROWS, start += ROWS, out += ROWS * stride_out)
+        multiply_block<ROWS, C>(a, panel, K, start, j, out, stride_out, columns);
     switch (rows) {
-        case 5: return multiply_block<5, C>(a, stride_a, panel, K, out, stride_out, columns);
-        case 4: return multiply_block<4, C>(a, stride_a, panel, K, out, stride_out, columns);
-        case 3: return multiply_block<3, C>(a, stride_a, panel, K, out, stride_out, columns);
-        case 2: return multiply_block<2, C>(a, stride_a, panel, K, out, stride_out, columns);
-        case 1: return multiply_block<1, C>(a, stride_a, panel, K, out, stride_out, columns);
+        case 5: return multiply_block<5, C>(a, panel, K, start, j, out, stride_out, columns);
+        case 4: return multiply_block<4, C>(a, panel, K, start, j, out, stride_out, columns);
+        case 3: return multiply_block<3, C>(a, panel, K, start, j, out, stride_out, columns);
+        case 2: return multiply_block<2, C>(a, panel, K, start, j, out, stride_out, columns);
+        case 1: return multiply_block<1, C>(a, panel, K, start, j, out, stride_out, columns);
     }
 }
 
-// out += a @ right: [rows, K] by [K, N].
-void multiply(const float* a, int64_t stride_a, int64_t rows, const Panels& right, float* out,
-              int64_t stride_out) {
+// out = start + a @ right: [rows, K] by [K, N].
+void multiply(const float* const* a, int64_t rows, const Panels& right, const float* const* start,
+              float* out, int64_t stride_out) {
     for (int64_t j = 0; j < right.N; j += PANEL) {
         const float* panel = &right.data[j * right.K];
         int64_t columns = least(PANEL, right.N - j);
         if (columns > WIDTH)
-            multiply_panel<2>(a, stride_a, rows, panel, right.K, out + j, stride_out, columns);
+            multiply_panel<2>(a, rows, panel, right.K, start, j, out, stride_out, columns);
         else
-            multiply_panel<1>(a, stride_a, rows, panel, right.K, out + j, stride_out, columns);
+            multiply_panel<1>(a, rows, panel, right.K, start, j, out, stride_out, columns);
     }
 }
 
-// 1 / (1 + exp(-x)): a power of two, times the series of exp between -log(2) / 2 and log(2) / 2.
-INLINE float sigmoid(float x) {
-    // past these, exp leaves float32's range; a NaN passes
-    x = x > 87.0f ? 87.0f : x;
-    x = x < -87.0f ? -87.0f : x;
-    // of a number near 3 * 2^22 the lowest bits are the nearest integer
-    float shifted = x * -1.44269504f + 12582912.0f;
-    float power = shifted - 12582912.0f;
-    // log(2) in two parts, of which the first has few bits: its multiples are exact
-    float rest = -x - power * 0.693359375f + power * 2.12194440e-4f;
-    float series = rest * (1.0f / 720) + 1.0f / 120;
-    series = series * rest + 1.0f / 24;
-    series = series * rest + 1.0f / 6;
-    series = series * rest + 0.5f;
-    series = series * rest + 1.0f;
-    series = series * rest + 1.0f;
-    uint32_t bits;
-    std::memcpy(&bits, &shifted, sizeof bits);
-    bits = (bits + 127) << 23;
-    std::memcpy(&power, &bits, sizeof bits);
-    return 1.0f / (1.0f + series * power);
+// out += a.T @ panel, for R columns of `a`, [K, .].
+template <int R>
+INLINE void accumulate_block(const float* a, int64_t stride_a, const float* panel, int64_t K,
+                             float* out, int64_t stride_out, int64_t columns) {
+    Vector sums[R][2] = {};
+    for (int64_t k = 0; k < K; k++) {
+        const Vector right[2] = {load<Vector>(&panel[k * PANEL]),
+                                 load<Vector>(&panel[k * PANEL + WIDTH])};
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+            for (int c = 0; c < 2; c++) sums[r][c] += a[k * stride_a + r] * right[c];
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+        add(&out[r * stride_out], sums[r], columns, &out[r * stride_out]);
 }
 
-// What becomes of the hidden states besides: each may be null.
-struct Seen {
-    float* outputs;        // [m, H] all of them
-    float* pooled;         // [n, H] their weighted sum, or else their maximum
-    const float* weights;  // [m]
-    int32_t* peaks;        // [n, H] step of the maximum
+// a < b ? a : b, and so b where one is a NaN. GCC makes of that two instructions where one will do.
+INLINE Vector lower(Vector a, Vector b) {
+#if defined(__AVX512F__)
+    return _mm512_min_ps(a, b);
+#elif defined(__AVX__)
+    return _mm256_min_ps(a, b);
+#else
+    return a < b ? a : b;
+#endif
+}
+INLINE Vector higher(Vector a, Vector b) {
+#if defined(__AVX512F__)
+    return _mm512_max_ps(a, b);
+#elif defined(__AVX__)
+    return _mm256_max_ps(a, b);
+#else
+    return a > b ? a : b;
+#endif
+}
+INLINE float lower(float a, float b) { return a < b ? a : b; }
+INLINE float higher(float a, float b) { return a > b ? a : b; }
+
+template <class Float>
+struct BitsOf {
+    typedef Bits type;
+};
+template <>
+struct BitsOf<float> {
+    typedef uint32_t type;
 };
 
-INLINE void pool(const Seen& seen, const float* h, int64_t row, int64_t sequence, int32_t step,
-                 int64_t H) {
-    if (seen.outputs) std::memcpy(&seen.outputs[row * H], h, H * sizeof(float));
-    if (!seen.pooled) return;
-    float* __restrict pooled = &seen.pooled[sequence * H];
-    if (seen.weights) {
-        for (int64_t j = 0; j < H; j++) pooled[j] += seen.weights[row] * h[j];
+// 1 / (1 + exp(-x)): a power of two, times a polynomial for 2^f, f between -1/2 and 1/2, whose
+// relative error is at most 2e-9.
+template <class Float>
+INLINE Float sigmoid(Float x) {
+    // past these, exp leaves float32's range; a NaN passes
+    x = higher(Float{} - 87.0f, lower(Float{} + 87.0f, x));
+    // of a number near 3 * 2^22 the lowest bits are the nearest integer
+    Float shifted = x * -1.44269504f + 12582912.0f;
+    Float rest = x * -1.44269504f - (shifted - 12582912.0f);
+    Float series = rest * 1.53458118e-4f + 1.33999314e-3f;
+    series = series * rest + 9.61848896e-3f;
+    series = series * rest + 5.55032878e-2f;
+    series = series * rest + 0.240226469f;
+    series = series * rest + 0.693147206f;
+    series = series * rest + 1.0f;
+    typename BitsOf<Float>::type bits;
+    std::memcpy(&bits, &shifted, sizeof bits);
+    bits = (bits + 127u) << 23u;
+    Float power;
+    std::memcpy(&power, &bits, sizeof power);
+    return 1.0f / (series * power + 1.0f);
+}
+
+// Does Work for all H units of a row, a Vector at a time; the last Vector overlaps the one before, and
+// reads what it needs before any is written.
+template <template <class> class Work, class... Rows>
+INLINE void for_units(int64_t H, Rows... rows) {
+    if (H < WIDTH) {
+        for (int64_t j = 0; j < H; j++) Work<float>(H, j, rows...).write(H, j, rows...);
         return;
     }
-    for (int64_t j = 0; j < H; j++) {
-        bool higher = h[j] > pooled[j];
-        if (seen.peaks && higher) seen.peaks[sequence * H + j] = step;
-        // a NaN comes in, and stays
-        pooled[j] = higher || h[j] != h[j] ? h[j] : pooled[j];
-    }
+    const int64_t end = H - WIDTH;
+    const Work<Vector> last(H, end, rows...);
+    for (int64_t j = 0; j < end; j += WIDTH) Work<Vector>(H, j, rows...).write(H, j, rows...);
+    last.write(H, end, rows...);
 }
 
 struct Lstm {
     static constexpr int64_t SKIPPED = 0;  // gates before those that h has a part in
 
-    static void forward(float* __restrict gates, float* __restrict h, float* __restrict c,
-                        int64_t H) {
-        float *i = gates, *f = i + H, *g = f + H, *o = g + H;
-        for (int64_t j = 0; j < 4 * H; j++) gates[j] = sigmoid(gates[j]);
-        for (int64_t j = 0; j < H; j++) {
-            g[j] -= 0.5f;
-            c[j] = f[j] * c[j] + 4.0f * i[j] * g[j];
-            h[j] = o[j] * (sigmoid(c[j]) - 0.5f);
-        }
-    }
+    template <class Float>
+    struct Forward {
+        Float i, f, g, o, c, h;
 
-    static void backward(const float* __restrict gates, const float* __restrict /* h */,
-                         const float* __restrict c, float* __restrict dgates,
-                         float* __restrict dh, float* __restrict dc, int64_t H) {
-        const float *i = gates, *f = i + H, *g = f + H, *o = g + H;
-        float *di = dgates, *df = di + H, *dg = df + H, *d_o = dg + H;
-        for (int64_t j = 0; j < H; j++) {
-            float s = sigmoid(f[j] * c[j] + 4.0f * i[j] * g[j]);
-            float d = dc[j] + dh[j] * (s - s * s) * o[j];
-            di[j] = (i[j] - i[j] * i[j]) * g[j] * d;
-            df[j] = (f[j] - f[j] * f[j]) * c[j] * d;
-            dg[j] = (0.25f - g[j] * g[j]) * i[j] * d;
-            d_o[j] = (o[j] - o[j] * o[j]) * (s - 0.5f) * dh[j];
-            dc[j] = d * f[j];
-            dh[j] = 0.0f;
+        INLINE Forward(int64_t H, int64_t j, float* gates, float* /* h */, float* before)
+            : i(sigmoid(load<Float>(&gates[j]))),
+              f(sigmoid(load<Float>(&gates[H + j]))),
+              g(sigmoid(load<Float>(&gates[2 * H + j])) - 0.5f),
+              o(sigmoid(load<Float>(&gates[3 * H + j]))) {
+            c = f * load<Float>(&before[j]) + 4.0f * i * g;
+            h = o * (sigmoid(c) - 0.5f);
         }
-    }
+
+        INLINE void write(int64_t H, int64_t j, float* gates, float* to_h, float* to_c) const {
+            store(&gates[j], i);
+            store(&gates[H + j], f);
+            store(&gates[2 * H + j], g);
+            store(&gates[3 * H + j], o);
+            store(&to_c[j], c);
+            store(&to_h[j], h);
+        }
+    };
+
+    template <class Float>
+    struct Backward {
+        Float di, df, dg, d_o, dc;
+
+        INLINE Backward(int64_t H, int64_t j, const float* gates, const float* /* h */,
+                        const float* before, const float*, const float* of_h, const float* of_c) {
+            const Float i = load<Float>(&gates[j]), f = load<Float>(&gates[H + j]),
+                        g = load<Float>(&gates[2 * H + j]), o = load<Float>(&gates[3 * H + j]),
+                        c = load<Float>(&before[j]), dh = load<Float>(&of_h[j]);
+            const Float s = sigmoid<Float>(f * c + 4.0f * i * g);
+            const Float d = load<Float>(&of_c[j]) + dh * (s - s * s) * o;
+            di = (i - i * i) * g * d;
+            df = (f - f * f) * c * d;
+            dg = (0.25f - g * g) * i * d;
+            d_o = (o - o * o) * (s - 0.5f) * dh;
+            dc = d * f;
+        }
+
+        INLINE void write(int64_t H, int64_t j, const float*, const float*, const float*,
+                          float* dgates, float* to_h, float* to_c) const {
+            store(&dgates[j], di);
+            store(&dgates[H + j], df);
+            store(&dgates[2 * H + j], dg);
+            store(&dgates[3 * H + j], d_o);
+            store(&to_c[j], dc);
+            store(&to_h[j], Float{});
+        }
+    };
 };
 
 struct Gru {
     static constexpr int64_t SKIPPED = 1;
 
-    static void forward(float* __restrict gates, float* __restrict h, float* /* c */, int64_t H) {
-        float *n = gates, *r = n + H, *z = r + H, *y = z + H;
-        for (int64_t j = 0; j < H; j++) {
-            r[j] = sigmoid(r[j]);
-            z[j] = sigmoid(z[j]);
-            n[j] = sigmoid(n[j] + r[j] * y[j]) - 0.5f;
-            h[j] = n[j] + z[j] * (h[j] - n[j]);
-        }
-    }
+    template <class Float>
+    struct Forward {
+        Float n, r, z, h;
 
-    static void backward(const float* __restrict gates, const float* __restrict h,
-                         const float* __restrict /* c */, float* __restrict dgates,
-                         float* __restrict dh, float* __restrict /* dc */, int64_t H) {
-        const float *n = gates, *r = n + H, *z = r + H, *y = z + H;
-        float *dn = dgates, *dr = dn + H, *dz = dr + H, *dy = dz + H;
-        for (int64_t j = 0; j < H; j++) {
-            dn[j] = (0.25f - n[j] * n[j]) * (1.0f - z[j]) * dh[j];
-            dy[j] = dn[j] * r[j];
-            dr[j] = dy[j] * y[j] * (1.0f - r[j]);
-            dz[j] = (h[j] - n[j]) * z[j] * (1.0f - z[j]) * dh[j];
-            dh[j] *= z[j];
+        INLINE Forward(int64_t H, int64_t j, float* gates, float* before, float* /* c */)
+            : r(sigmoid(load<Float>(&gates[H + j]))), z(sigmoid(load<Float>(&gates[2 * H + j]))) {
+            const Float y = load<Float>(&gates[3 * H + j]);
+            n = sigmoid<Float>(load<Float>(&gates[j]) + r * y) - 0.5f;
+            h = n + z * (load<Float>(&before[j]) - n);
         }
+
+        INLINE void write(int64_t H, int64_t j, float* gates, float* to_h, float* /* c */) const {
+            store(&gates[j], n);
+            store(&gates[H + j], r);
+            store(&gates[2 * H + j], z);
+            store(&to_h[j], h);
+        }
+    };
+
+    template <class Float>
+    struct Backward {
+        Float dn, dr, dz, dy, dh;
+
+        INLINE Backward(int64_t H, int64_t j, const float* gates, const float* before,
+                        const float* /* c */, const float*, const float* of_h, const float*) {
+            const Float n = load<Float>(&gates[j]), r = load<Float>(&gates[H + j]),
+                        z = load<Float>(&gates[2 * H + j]), y = load<Float>(&gates[3 * H + j]),
+                        h = load<Float>(&before[j]);
+            dh = load<Float>(&of_h[j]);
+            dn = (0.25f - n * n) * (1.0f - z) * dh;
+            dy = dn * r;
+            dr = dy * y * (1.0f - r);
+            dz = (h - n) * z * (1.0f - z) * dh;
+            dh *= z;
+        }
+
+        INLINE void write(int64_t H, int64_t j, const float*, const float*, const float*,
+                          float* dgates, float* to_h, float*) const {
+            store(&dgates[j], dn);
+            store(&dgates[H + j], dr);
+            store(&dgates[2 * H + j], dz);
+            store(&dgates[3 * H + j], dy);
+            store(&to_h[j], dh);
+        }
+    };
+};
+
+}  // namespace
+
+// One direction of a layer over a batch; _steps.py has the same fields. What is not wanted is null.
+struct Layer {
+    int64_t H, N, T;
+    int64_t columns;         // from one row of vectors, outputs, peaks or dvectors to the next
+    int64_t turned;          // whether sequences are read from their last token to their first
+    int64_t pooling;         // a Pooling
+    int64_t threads;         // at most
+    int64_t tile;            // sequences in a tile, at most TILE
+    const int64_t* lengths;  // [N] 0 <= length <= T
+    const int64_t* order;    // [N] sequences, longest first
+    const int64_t* starts;   // [tiles + 1] packed row where each tile begins and the last one ends
+    const float* panels;     // of the recurrent weight
+    // forward
+    int64_t R;              // rows of the table
+    const float* table;     // [R, 4H]
+    const int64_t* ids;     // [N, T]; null: each packed row has a row of its own
+    const int64_t* places;  // row of each id; null: the id itself
+    const float* mask;      // [N, T]
+    float* vectors;         // [N, H]
+    float* outputs;         // [N, T, H]
+    int32_t* peaks;         // [N, H] step of the maximum, in own time
+    // what a backward needs, in packed rows
+    float* gates;     // [., 4H]
+    float* before_h;  // [., H]
+    float* before_c;  // [., H]
+    // backward: of the tiles from `first` to before `last`, whose packed rows these begin with
+    int64_t first, last;
+    const float* dvectors;  // [N, H]
+    const float* upstream;  // [., H] what else reaches each h
+    float* dgates;          // [., 4H]
+};
+
+namespace {
+
+enum Pooling { LAST, MAX, MASK };
+
+constexpr float UNIT = 2.0f;  // true size of a unit of h
+
+int64_t tiles(const Layer& layer) { return (layer.N + layer.tile - 1) / layer.tile; }
+
+int threads_for(const Layer& layer, int64_t first, int64_t last) {
+    int64_t tokens = layer.starts[last] - layer.starts[first];
+    int64_t worth = 1 + tokens * layer.H * layer.H * 4 / WORTH;
+    return static_cast<int>(least(layer.threads, least(last - first, worth)));
+}
+
+// Where the token of a sequence stands that is read at a step in own time.
+int64_t position(const Layer& layer, int64_t sequence, int64_t step) {
+    int64_t column = layer.turned ? layer.lengths[sequence] - 1 - step : step;
+    return sequence * layer.T + column;
+}
+
+// The sequences of a tile, and how many of them run at a step.
+struct Tile {
+    const Layer& layer;
+    const int64_t* order;
+    int64_t count;
+
+    Tile(const Layer& layer, int64_t number)
+        : layer(layer),
+          order(&layer.order[number * layer.tile]),
+          count(least(layer.tile, layer.N - number * layer.tile)) {}
+
+    int64_t length(int64_t n) const { return layer.lengths[order[n]]; }
+
+    int64_t alive(int64_t step) const {
+        int64_t n = count;
+        while (n && length(n - 1) <= step) n--;
+        return n;
     }
 };
 
-int64_t sum(int64_t steps, const int64_t* sizes) {
-    int64_t tokens = 0;
-    for (int64_t t = 0; t < steps; t++) tokens += sizes[t];
-    return tokens;
-}
-
-int threads_for(int64_t H, int64_t tokens, int64_t sequences, int most) {
-    int64_t tiles = (sequences + TILE - 1) / TILE;
-    return least(most, least(tiles, 1 + tokens * H * H * 4 / WORTH));
-}
-
-template <class Cell>
-void forward(int64_t H, int64_t steps, const int64_t* sizes, int64_t step, int most_threads,
-             const float* panels, float* gates, float* h, float* c, float* before_h,
-             float* before_c, const Seen& seen) {
-    const Panels right = {panels, H, (4 - Cell::SKIPPED) * H};
-    [[maybe_unused]] const int threads =
-        threads_for(H, sum(steps, sizes), sizes[0], most_threads);
-#pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1)
-    for (int64_t from = 0; from < sizes[0]; from += TILE) {
-        for (int64_t t = 0, first = 0; t < steps && sizes[t] > from; first += sizes[t++]) {
-            int64_t rows = least(TILE, sizes[t] - from), row = first + from;
-            if (before_h) std::memcpy(&before_h[row * H], &h[from * H], rows * H * sizeof(float));
-            if (before_c) std::memcpy(&before_c[row * H], &c[from * H], rows * H * sizeof(float));
-            // at the first step of all, h is 0
-            if (step + t)
-                multiply(&h[from * H], H, rows, right, &gates[(row * 4 + Cell::SKIPPED) * H],
-                         4 * H);
-            for (int64_t n = from; n < from + rows; n++, row++) {
-                Cell::forward(&gates[row * 4 * H], &h[n * H], c ? &c[n * H] : nullptr, H);
-                pool(seen, &h[n * H], row, n, step + t, H);
-            }
+void pool(const Layer& layer, const float* h, int64_t sequence, int64_t step, float* pooled) {
+    const int64_t H = layer.H;
+    if (layer.outputs) {
+        float* to = &layer.outputs[position(layer, sequence, step) * layer.columns];
+        for (int64_t j = 0; j < H; j++) to[j] = h[j] * UNIT;
+    }
+    if (layer.pooling == MASK) {
+        const float weight = layer.mask[position(layer, sequence, step)];
+        for (int64_t j = 0; j < H; j++) pooled[j] += weight * h[j];
+    } else if (layer.pooling == MAX) {
+        int32_t* peaks = layer.peaks ? &layer.peaks[sequence * layer.columns] : nullptr;
+        for (int64_t j = 0; j < H; j++) {
+            bool higher = h[j] > pooled[j];
+            if (peaks && higher) peaks[j] = static_cast<int32_t>(step);
+            // a NaN comes in, and stays
+            pooled[j] = higher || h[j] != h[j] ? h[j] : pooled[j];
         }
     }
 }
 
+// `work` has room for a tile of 3H states and 4H gates.
 template <class Cell>
-void backward(int64_t H, int64_t steps, const int64_t* sizes, int64_t step, int most_threads,
-              const float* panels, const float* gates, const float* before_h,
-              const float* before_c, const float* upstream, float* dgates, float* dh, float* dc) {
-    const Panels right = {panels, (4 - Cell::SKIPPED) * H, H};
-    const int64_t end = sum(steps, sizes);
-    [[maybe_unused]] const int threads = threads_for(H, end, sizes[0], most_threads);
-#pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1)
-    for (int64_t from = 0; from < sizes[0]; from += TILE) {
-        for (int64_t t = steps, first = end; t-- > 0;) {
-            first -= sizes[t];
-            int64_t rows = least(TILE, sizes[t] - from);
-            for (int64_t n = from, row = first + from; n < from + rows; n++, row++) {
-                if (upstream)
-                    for (int64_t j = 0; j < H; j++) dh[n * H + j] += upstream[row * H + j];
-                Cell::backward(&gates[row * 4 * H], &before_h[row * H],
-                               before_c ? &before_c[row * H] : nullptr, &dgates[row * 4 * H],
-                               &dh[n * H], dc ? &dc[n * H] : nullptr, H);
-            }
-            if (step + t && rows > 0)
-                multiply(&dgates[((first + from) * 4 + Cell::SKIPPED) * H], 4 * H, rows, right,
-                         &dh[from * H], H);
+void forward_tile(const Layer& layer, int64_t number, float* work) {
+    const Tile tile(layer, number);
+    const int64_t H = layer.H, size = layer.tile * H;
+    const Panels right = {layer.panels, H, (4 - Cell::SKIPPED) * H};
+    float *h = work, *c = h + size, *pooled = c + size;
+    const float* states[TILE];
+    for (int64_t n = 0; n < tile.count; n++) states[n] = &h[n * H];
+    for (int64_t i = 0; i < size; i++) {
+        h[i] = c[i] = 0.0f;
+        pooled[i] = layer.pooling == MAX ? -INFINITY : 0.0f;
+    }
+    int64_t row = layer.starts[number];
+    for (int64_t step = 0, rows; (rows = tile.alive(step)); row += rows, step++) {
+        float* gates = layer.gates ? &layer.gates[row * 4 * H] : work + 3 * size;
+        const float* start[TILE];
+        for (int64_t n = 0; n < rows; n++) {
+            int64_t from = row + n;
+            if (layer.ids) from = layer.ids[position(layer, tile.order[n], step)];
+            if (layer.places) from = layer.places[from];
+            start[n] = &layer.table[from * 4 * H];
+            // at the first step h is 0
+            int64_t copied = step ? Cell::SKIPPED * H : 4 * H;
+            std::memcpy(&gates[n * 4 * H], start[n], copied * sizeof(float));
+            start[n] += Cell::SKIPPED * H;
         }
+        if (layer.before_h) std::memcpy(&layer.before_h[row * H], h, rows * H * sizeof(float));
+        if (layer.before_c) std::memcpy(&layer.before_c[row * H], c, rows * H * sizeof(float));
+        if (step) multiply(states, rows, right, start, &gates[Cell::SKIPPED * H], 4 * H);
+        for (int64_t n = 0; n < rows; n++) {
+            for_units<Cell::template Forward>(H, &gates[n * 4 * H], &h[n * H], &c[n * H]);
+            pool(layer, &h[n * H], tile.order[n], step, &pooled[n * H]);
+        }
+    }
+    const float* found = layer.pooling == LAST ? h : pooled;
+    for (int64_t n = 0; n < tile.count; n++)
+        for (int64_t j = 0; j < H; j++) {
+            float value = found[n * H + j];
+            layer.vectors[tile.order[n] * layer.columns + j] =
+                value == -INFINITY ? 0.0f : value * UNIT;
+        }
+}
+
+// `work` has room for a tile of 2H gradients of states.
+template <class Cell>
+void backward_tile(const Layer& layer, int64_t number, float* work) {
+    const Tile tile(layer, number);
+    const int64_t H = layer.H, size = layer.tile * H;
+    const Panels right = {layer.panels, (4 - Cell::SKIPPED) * H, H};
+    float *dh = work, *dc = dh + size;
+    for (int64_t n = 0; n < tile.count; n++)
+        for (int64_t j = 0; j < H; j++) {
+            dc[n * H + j] = 0.0f;
+            // waits until the steps, coming from behind, reach the sequence's last one
+            dh[n * H + j] =
+                layer.dvectors ? layer.dvectors[tile.order[n] * layer.columns + j] : 0.0f;
+        }
+    int64_t row = layer.starts[number + 1] - layer.starts[layer.first];
+    for (int64_t step = tile.length(0); step-- > 0;) {
+        const int64_t rows = tile.alive(step);
+        row -= rows;
+        const float *start[TILE], *left[TILE];
+        for (int64_t n = 0; n < rows; n++) {
+            start[n] = &dh[n * H];
+            left[n] = &layer.dgates[(row + n) * 4 * H + Cell::SKIPPED * H];
+            if (layer.upstream)
+                for (int64_t j = 0; j < H; j++)
+                    dh[n * H + j] += layer.upstream[(row + n) * H + j];
+            for_units<Cell::template Backward>(
+                H, &layer.gates[(row + n) * 4 * H], &layer.before_h[(row + n) * H],
+                layer.before_c ? &layer.before_c[(row + n) * H] : nullptr,
+                &layer.dgates[(row + n) * 4 * H], &dh[n * H], &dc[n * H]);
+        }
+        if (step) multiply(left, rows, right, start, dh, H);
+    }
+}
+
+// Runs `tile_of` for tiles from `first` to before `last`.
+template <class Run>
+void run(const Layer& layer, int64_t first, int64_t last, int64_t room, Run tile_of) {
+    if (first == last) return;
+    [[maybe_unused]] const int threads = threads_for(layer, first, last);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        float* work = static_cast<float*>(std::malloc(layer.tile * room * sizeof(float)));
+        // the long ones come first
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t number = first; number < last; number++) tile_of(layer, number, work);
+        std::free(work);
     }
 }
 
 }  // namespace
 
 // What _steps.py asks before it calls anything else: goes up with every change of an argument.
-extern "C" int64_t version() { return 1; }
+extern "C" int64_t version() { return 2; }
+extern "C" int64_t panel() { return PANEL; }
 
-// Orders the sequences longest first, equal ones as they came, and packs the tokens of each `group`.
-//
-// lengths [N]; order [N]; tokens, and turned for the other direction or null, [N * steps], of which
-// as many are filled as there are tokens; alive [N / group, steps], sequences at each step of a
-// group; place [steps + 2], a help. `alive` and `place` come as zeros. Lengths are from 0 to `steps`.
-// Returns the number of tokens.
-extern "C" int64_t schedule(int64_t N, int64_t steps, int64_t group, const int64_t* lengths,
-                            int64_t* order, int64_t* tokens, int64_t* turned, int64_t* place,
-                            int64_t* alive) {
-    for (int64_t n = 0; n < N; n++) place[steps - lengths[n] + 1]++;
-    for (int64_t t = 1; t <= steps; t++) place[t] += place[t - 1];
-    for (int64_t n = 0; n < N; n++) order[place[steps - lengths[n]]++] = n;
+// Lays `weight`, [K, N] with these strides, out as Panels.
+extern "C" void lay_out(int64_t K, int64_t N, int64_t stride_k, int64_t stride_n,
+                        const float* weight, float* panels) {
+    for (int64_t j = 0; j < N; j += PANEL, panels += K * PANEL)
+        for (int64_t i = 0; i < PANEL; i++) {
+            const float* column = &weight[(j + i) * stride_n];
+            for (int64_t k = 0; k < K; k++)
+                panels[k * PANEL + i] = j + i < N ? column[k * stride_k] : 0.0f;
+        }
+}
+
+// Orders the sequences longest first, equal ones as they came, and finds where each tile begins.
+// `place` [T + 2] comes as zeros.
+extern "C" void order(int64_t N, int64_t T, int64_t tile, const int64_t* lengths, int64_t* place,
+                      int64_t* order, int64_t* starts) {
+    for (int64_t n = 0; n < N; n++) place[T - lengths[n] + 1]++;
+    for (int64_t t = 1; t <= T; t++) place[t] += place[t - 1];
+    for (int64_t n = 0; n < N; n++) order[place[T - lengths[n]]++] = n;
     int64_t row = 0;
-    for (int64_t from = 0; from < N; from += group, alive += steps) {
-        int64_t count = least(group, N - from);
-        for (int64_t t = 0; t < steps; t++) {
-            while (count && lengths[order[from + count - 1]] <= t) count--;
-            if (!count) break;
-            alive[t] = count;
-            for (int64_t n = from; n < from + count; n++, row++) {
-                tokens[row] = order[n] * steps + t;
-                if (turned) turned[row] = order[n] * steps + lengths[order[n]] - 1 - t;
+    for (int64_t n = 0; n < N; n++) {
+        if (n % tile == 0) *starts++ = row;
+        row += lengths[order[n]];
+    }
+    *starts = row;
+}
+
+// Finds the distinct ids of all tokens, `words` in ascending order, and the `places` [R] that they
+// have there. Returns their number, or -1 where an id is not from 0 to R - 1.
+extern "C" int64_t distinct(int64_t N, int64_t T, int64_t R, const int64_t* lengths,
+                            const int64_t* ids, int64_t* places, int64_t* words) {
+    std::memset(places, 0, R * sizeof(int64_t));
+    for (int64_t n = 0; n < N; n++)
+        for (int64_t t = 0; t < lengths[n]; t++) {
+            int64_t id = ids[n * T + t];
+            if (id < 0 || id >= R) return -1;
+            places[id] = 1;
+        }
+    int64_t count = 0;
+    for (int64_t id = 0; id < R; id++)
+        if (places[id]) {
+            words[count] = id;
+            places[id] = count++;
+        }
+    return count;
+}
+
+// Lists the tokens as packed: their positions n * T + t, and their rows where there are ids.
+extern "C" void pack(const Layer* layer, int64_t* tokens, int64_t* rows) {
+    for (int64_t number = 0; number < tiles(*layer); number++) {
+        const Tile tile(*layer, number);
+        for (int64_t step = 0, alive; (alive = tile.alive(step)); step++)
+            for (int64_t n = 0; n < alive; n++) {
+                *tokens = position(*layer, tile.order[n], step);
+                if (rows) *rows++ = layer->places[layer->ids[*tokens]];
+                tokens++;
+            }
+    }
+}
+
+// out [W, M] = x[rows] @ right + bias: `right` [D, N] in panels. Of the M columns those behind the
+// product's N get the bias alone. Without `rows`, all of x in order.
+extern "C" void project(int64_t W, int64_t D, int64_t N, int64_t M, int64_t threads, const float* x,
+                        const int64_t* rows, const float* panels, const float* bias, float* out) {
+    const Panels right = {panels, D, N};
+    const int64_t parts = (W + TILE - 1) / TILE;
+    threads = least(threads, least(parts, 1 + W * D * N / WORTH));
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t part = 0; part < parts; part++) {
+        const int64_t from = part * TILE, count = least(TILE, W - from);
+        const float *left[TILE], *start[TILE];
+        for (int64_t w = 0; w < count; w++) {
+            left[w] = &x[(rows ? rows[from + w] : from + w) * D];
+            start[w] = bias;
+            for (int64_t j = N; j < M; j++) out[(from + w) * M + j] = bias[j];
+        }
+        multiply(left, count, right, start, &out[from * M], M);
+    }
+}
+
+// out [M, N] += a.T @ b[rows]: a [K, M]. Without `rows`, all of b in order. Each sum has one order of
+// additions, whatever the number of threads.
+extern "C" void accumulate(int64_t K, int64_t M, int64_t N, int64_t threads, const float* a,
+                           const float* b, const int64_t* rows, float* out) {
+    const int64_t panels = (N + PANEL - 1) / PANEL;
+    threads = least(threads, least(panels, 1 + K * M * N / WORTH));
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t thread = 0; thread < threads; thread++) {
+        float panel[DEPTH * PANEL];
+        for (int64_t from = 0; from < K; from += DEPTH) {
+            const int64_t depth = least(DEPTH, K - from);
+            for (int64_t p = panels * thread / threads; p < panels * (thread + 1) / threads; p++) {
+                const int64_t j = p * PANEL, columns = least(PANEL, N - j);
+                for (int64_t k = 0; k < depth; k++) {
+                    const float* row = &b[(rows ? rows[from + k] : from + k) * N + j];
+                    if (columns == PANEL)
+                        std::memcpy(&panel[k * PANEL], row, PANEL * sizeof(float));
+                    else
+                        for (int64_t i = 0; i < PANEL; i++)
+                            panel[k * PANEL + i] = i < columns ? row[i] : 0.0f;
+                }
+                const float* left = &a[from * M];
+                float* to = &out[j];
+                int64_t m = M;
+                for (; m >= ROWS; m -= ROWS, left += ROWS, to += ROWS * N)
+                    accumulate_block<ROWS>(left, M, panel, depth, to, N, columns);
+                for (; m > 0; m--, left++, to += N)
+                    accumulate_block<1>(left, M, panel, depth, to, N, columns);
             }
         }
     }
-    return row;
 }
 
-#define FORWARD(name, Cell)                                                                       \
-    extern "C" void name(int64_t H, int64_t steps, const int64_t* sizes, int64_t step,            \
-                         int threads, const float* panels, float* gates, float* h, float* c,      \
-                         float* before_h, float* before_c, float* outputs, float* pooled,         \
-                         const float* weights, int32_t* peaks) {                                  \
-        forward<Cell>(H, steps, sizes, step, threads, panels, gates, h, c, before_h, before_c,    \
-                      {outputs, pooled, weights, peaks});                                         \
+// out[rows[k]] += a[k] for all K rows of `a`, [K, M], in order.
+extern "C" void scatter(int64_t K, int64_t M, int64_t threads, const float* a, const int64_t* rows,
+                        float* out) {
+    threads = least(threads, 1 + K * M / (WORTH / 10));
+    const int64_t share = (M + threads - 1) / threads;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t j = 0; j < M; j += share) {
+        const int64_t columns = least(share, M - j);
+        for (int64_t k = 0; k < K; k++) {
+            const float* __restrict from = &a[k * M + j];
+            float* __restrict to = &out[rows[k] * M + j];
+            for (int64_t i = 0; i < columns; i++) to[i] += from[i];
+        }
     }
-FORWARD(lstm_forward, Lstm)
-FORWARD(gru_forward, Gru)
+}
 
-#define BACKWARD(name, Cell)                                                                      \
-    extern "C" void name(int64_t H, int64_t steps, const int64_t* sizes, int64_t step,            \
-                         int threads, const float* panels, const float* gates,                    \
-                         const float* before_h, const float* before_c, const float* upstream,     \
-                         float* dgates, float* dh, float* dc) {                                   \
-        backward<Cell>(H, steps, sizes, step, threads, panels, gates, before_h, before_c,         \
-                       upstream, dgates, dh, dc);                                                 \
-    }
-BACKWARD(lstm_backward, Lstm)
-BACKWARD(gru_backward, Gru)
+// Returns whether all ids were rows of the table; if not, nothing was done.
+template <class Cell>
+bool forward(const Layer& layer) {
+    if (layer.ids && !layer.places)
+        for (int64_t n = 0; n < layer.N; n++)
+            for (int64_t step = 0; step < layer.lengths[n]; step++) {
+                int64_t id = layer.ids[n * layer.T + step];
+                if (id < 0 || id >= layer.R) return false;
+            }
+    run(layer, 0, tiles(layer), 7 * layer.H, forward_tile<Cell>);
+    return true;
+}
+
+template <class Cell>
+void backward(const Layer& layer) {
+    run(layer, layer.first, layer.last, 2 * layer.H, backward_tile<Cell>);
+}
+
+extern "C" bool lstm_forward(const Layer* layer) { return forward<Lstm>(*layer); }
+extern "C" bool gru_forward(const Layer* layer) { return forward<Gru>(*layer); }
+extern "C" void lstm_backward(const Layer* layer) { backward<Lstm>(*layer); }
+extern "C" void gru_backward(const Layer* layer) { backward<Gru>(*layer); }

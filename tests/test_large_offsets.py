@@ -4,7 +4,7 @@ import pytest
 import torch
 from cases import DEVICE
 
-from fastsiam import _layer, batched
+from fastsiam import _layer, _packed
 
 # three sequences of five million padded steps and a few valid ones: offsets pass 2**31 in the last
 N, T, H, V = 3, 5_700_000, 3, 5
@@ -73,4 +73,4 @@ def test_shapes_of_the_largest_promised_batch():
     assert [torch.Size(shape).numel() > 2**31 for shape in shapes] == [True, True, True]
     # rows of records are counted in 32 bits, elements in 64
     assert 2 * 2 * pairs * (steps + 1) < 2**31
-    assert batched.compute_dtype(torch.bfloat16) == torch.float32
+    assert _packed.compute_dtype(torch.bfloat16) == torch.float32

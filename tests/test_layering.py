@@ -27,6 +27,7 @@ ORDER = [
     ("_steps",),
     ("batched_lstm", "batched_gru"),
     ("_packed",),
+    ("compiled",),
     ("batched",),
     ("_measured",),
     ("_backend",),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastsiam import SiameseLSTM, _packed, _steps, batched, functional
+from fastsiam import SiameseLSTM, _steps, batched, compiled, functional
 
 COMPILED = not _steps.obstacle(torch.device("cpu"), torch.float32, H=1)
 needs_library = pytest.mark.skipif(not COMPILED, reason="the step loops are not compiled here")
@@ -69,45 +69,61 @@ def test_against_tensor_operations(cell, N, H, pooling, keep_outputs):
 @needs_library
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_threads_change_no_bit(cell):
-    case = draw(cell, N=300, H=50, P=1, T=9)
-    x, ids, lengths, _, weights = case
-    table, weight = batched.prepare(x.float(), *(w.float() for w in weights), cell)
+    """Not of results nor of gradients of weights; and scoring gives the bits of a training."""
+    x, ids, lengths, _, weights = draw(cell, N=300, H=50, P=1, T=9)
+    x, weights = x.float(), [w.float() for w in weights]
+    inputs = x, ids, lengths, None, *weights[:2]
+    how = 9, "last", True, cell
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            found.append(batched.infer(table, weight, ids, lengths, None, 9, "last", True, cell))
+            prepared = batched.prepare(x, *weights, cell)
+            scored, outputs = batched.infer(*prepared, ids, lengths, None, *how)
+            vectors, _, saved = batched.forward(*inputs, weights[2], *how)
+            grads = batched.backward(vectors, None, *inputs, saved, *how[:2], False, cell)
+            assert torch.equal(scored, vectors)
+            found.append([*prepared, scored, outputs, *grads[:3]])
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
 
 
+def one_step(table):
+    """Run an LSTM's first step over a table, [N, 4H]; return vectors [N, H] and what is saved."""
+    N, H = table.shape[0], table.shape[1] // 4
+    batch = _steps.batch(torch.ones(N, dtype=torch.long), 1, H)
+    vectors = torch.empty(N, H)
+    saved = torch.empty(N, 4 * H), torch.empty(N, H), torch.empty(N, H)
+    panels = _steps.panels(torch.zeros(H, 4 * H))
+    inputs = table, None, None, "last", None
+    _steps.forward("lstm", batch, 0, panels, *inputs, vectors, None, None, saved)
+    return vectors, saved
+
+
 @needs_library
 @pytest.mark.parametrize("value", [0.0, 1e-30, 0.7, 20.0, 87.5, 90.0, 1e4, torch.inf, torch.nan])
 @pytest.mark.parametrize("sign", [1, -1])
-def test_gates_of_any_size(value, sign):
+@pytest.mark.parametrize("H", [3, 9])  # fewer than a vector, and more
+def test_gates_of_any_size(value, sign, H):
     """One step from a zero state: h = sigmoid(o) tanh(sigmoid(i) tanh(g))."""
-    H = 9
-    gates = torch.full((1, 4 * H), sign * value)
-    states = (torch.zeros(1, H), torch.zeros(1, H))
-    panels, nothing = _steps.panels(torch.zeros(H, 4 * H)), _steps.Seen(None, None, None, None)
-    _steps.forward("lstm", gates, panels, states, [1], 0, None, nothing)
-    # inside, the gates of g are doubled, c is doubled and h is halved
-    i = o = torch.sigmoid(torch.tensor(sign * value).double())
-    truth = o * torch.tanh(i * torch.tanh(torch.tensor(sign * value).double() / 2))
+    vectors, _ = one_step(torch.full((1, 4 * H), sign * value))
+    # inside, the gates of g are doubled
+    gate = torch.tensor(sign * value).double()
+    o = i = torch.sigmoid(gate)
+    truth = o * torch.tanh(i * torch.tanh(gate / 2))
     torch.testing.assert_close(
-        states[0].double() * 2, truth.expand(1, H), rtol=0, atol=1.5e-7, equal_nan=True
+        vectors.double(), truth.expand(1, H), rtol=0, atol=1.5e-7, equal_nan=True
     )
 
 
 @needs_library
-def test_sigmoid_is_right_to_rounding():
+@pytest.mark.parametrize("H", [1, 8])  # single numbers, and a vector
+def test_sigmoid_is_right_to_rounding(H):
     """An input gate, seen in the gates that a forward leaves."""
-    N, H = 2501, 8
+    N = 20008 // H
     x = torch.linspace(-90, 90, N * 4 * H).view(N, 4 * H)
-    gates, states = x.clone(), (torch.zeros(N, H), torch.zeros(N, H))
-    panels, nothing = _steps.panels(torch.zeros(H, 4 * H)), _steps.Seen(None, None, None, None)
-    _steps.forward("lstm", gates, panels, states, [N], 0, None, nothing)
+    _, (gates, _, _) = one_step(x)
     error = gates.double()[:, : 2 * H] - torch.sigmoid(x.double())[:, : 2 * H]
     assert error.abs().max() < 1e-7
 
@@ -140,19 +156,109 @@ def test_explain_says_whether(monkeypatch):
     assert single.explain("cpu").endswith("step loops not compiled: left out)")
 
 
+LENGTHS = [[0], [0, 0, 0], [3, 0, 7, 7, 1, -2, 9], [5] * 2050, []]
+
+
 @needs_library
-@pytest.mark.parametrize("P", [1, 2])
-@pytest.mark.parametrize(
-    "lengths", [[0], [0, 0, 0], [3, 0, 7, 7, 1, -2, 9], [5] * 2050, []], ids=len
-)
-def test_order_of_a_batch(monkeypatch, lengths, P):
+@pytest.mark.parametrize("p", [0, 1])
+@pytest.mark.parametrize("lengths", LENGTHS, ids=len)
+def test_order_of_a_batch(lengths, p):
+    """Longest first, equal ones as they came; packed rows are tiles, and steps in each."""
     lengths = torch.tensor(lengths, dtype=torch.int32)
-    ours = _packed.schedule(lengths, 7, P)
-    monkeypatch.setattr(_steps, "_WHY_NOT", "left out")
-    theirs = _packed.schedule(lengths, 7, P)
-    assert ours.blocks == theirs.blocks
-    assert torch.equal(ours.order, theirs.order)
-    assert all(map(torch.equal, ours.tokens, theirs.tokens))
+    batch = _steps.batch(lengths, 7, H=1)
+    capped = lengths.clamp(0, 7).tolist()
+    assert batch.lengths.tolist() == capped
+    order = sorted(range(len(capped)), key=lambda n: -capped[n])
+    assert batch.order.tolist() == order
+    tokens, starts = [], [0]
+    for first in range(0, len(order), batch.tile):
+        for step in range(7):
+            running = [n for n in order[first : first + batch.tile] if step < capped[n]]
+            tokens += [n * 7 + (capped[n] - 1 - step if p else step) for n in running]
+        starts.append(len(tokens))
+    assert batch.starts.tolist() == starts
+    ids = torch.randint(5, (len(capped), 7))
+    words, places = _steps.distinct(batch, ids, 5)
+    positions, rows = _steps.pack(batch, p, ids, places)
+    assert positions.tolist() == tokens
+    read = ids.flatten()[tokens]
+    assert torch.equal(words, read.unique())
+    assert torch.equal(words[rows], read)
+    assert _steps.pack(batch, p, None, None)[0].tolist() == tokens
+
+
+BUILDS = sorted(_steps._FOLDER.glob("_compiled_steps*"))
+
+
+@needs_library
+@pytest.mark.parametrize("build", BUILDS, ids=lambda build: build.name)
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize(("N", "H"), [(3, 3), (25, 16), (100, 50)])
+def test_builds_for_other_processors(monkeypatch, build, cell, N, H):
+    """They give the same bits."""
+    if "avx512" in build.name and torch.backends.cpu.get_cpu_capability() != "AVX512":
+        pytest.skip("this processor cannot run it")
+    case = draw(cell, N, H, P=2)
+    expected = run(cell, case, "max", True, torch.float32)
+    library, why_not = _steps._open(build)
+    assert not why_not
+    monkeypatch.setattr(_steps, "_LIBRARY", library)
+    found = run(cell, case, "max", True, torch.float32)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@needs_library
+def test_ids_out_of_the_table():
+    """They would be read from anywhere; only an unchecked call brings them."""
+    x, ids, lengths, _, weights = draw("lstm", N=3, H=5, P=1)
+    x, weights = x.float(), [w.float() for w in weights]
+    table, weight = batched.prepare(x, *weights, "lstm")
+    for bad in (-1, len(x)):
+        some = ids.clone()
+        some[lengths < 6, -1] = bad  # behind an end nobody reads it
+        batched.infer(table, weight, some, lengths, None, 6, "last", False, "lstm")
+        some[0, 5] = bad
+        with pytest.raises(IndexError, match="an id is not from 0 to 10"):
+            batched.infer(table, weight, some, lengths, None, 6, "last", False, "lstm")
+        with pytest.raises(IndexError, match="an id is not from 0 to 10"):
+            batched.forward(x, some, lengths, None, *weights, 6, "last", False, "lstm")
+
+
+@needs_library
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("K", "M", "N"), [(0, 3, 4), (1, 1, 1), (70, 7, 17), (129, 50, 200)])
+def test_products(monkeypatch, K, M, N, threads):
+    """Those with the input's weight, against float64."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    torch.manual_seed(K)
+    x, rows = torch.randn(K + 5, M), torch.randint(K + 5, (K,))
+    weight, bias = torch.randn(N, M), torch.randn(N + 2)
+    projected = _steps.project(x, rows, weight, bias)
+    truth = x[rows].double() @ weight.T.double() + bias[:N]
+    torch.testing.assert_close(projected[:, :N].double(), truth, rtol=1e-5, atol=1e-5)
+    assert torch.equal(projected[:, N:], bias[N:].expand(K, 2))
+    assert torch.equal(projected, _steps.project(x[rows], None, weight, bias))
+
+    a, total = torch.randn(K, N), torch.randn(N, M)
+    truth = total + a.T.double() @ x[rows].double()
+    again = total.clone()
+    _steps.accumulate(a, x, rows, total)
+    torch.testing.assert_close(total.double(), truth, rtol=1e-5, atol=1e-4)
+    _steps.accumulate(a, x[rows], None, again)
+    assert torch.equal(total, again)
+
+    sums = torch.zeros(K + 5, N)
+    _steps.scatter(a, rows, sums)
+    assert torch.equal(sums, torch.zeros(K + 5, N).index_add_(0, rows, a))
+
+
+@needs_library
+@pytest.mark.skipif(len(BUILDS) < 2, reason="there is one build")
+def test_the_processor_picks_the_build(monkeypatch):
+    for capability, name in (("AVX2", "_compiled_steps"), ("AVX512", "_compiled_steps_avx512")):
+        monkeypatch.setattr(_steps.torch.backends.cpu, "get_cpu_capability", lambda c=capability: c)
+        monkeypatch.setattr(_steps, "_open", lambda file: (file.name, ""))
+        assert _steps._load()[0].partition(".")[0] == name
 
 
 @needs_library
@@ -186,3 +292,39 @@ def test_prepared_of_another_network():
             functional.siamese_encode(
                 ids, weights["lstm"], embedding=table, backend="torch", prepared=prepared
             )
+
+
+@needs_library
+def test_word_vectors_with_gaps():
+    """Columns of a wider table."""
+    wide, ids, lengths, _, weights = draw("lstm", N=30, H=8, P=1, D=5)
+    weights = [w.float() for w in weights]
+    wide = torch.cat((wide, wide), dim=1).float()
+    inputs = ids, lengths, None, *weights[:2]
+    how = 6, "last", False, "lstm"
+    found = []
+    for x in (wide[:, :5], wide[:, :5].contiguous()):
+        vectors, _, saved = batched.forward(x, *inputs, weights[2], *how)
+        grads = batched.backward(vectors, None, x, *inputs, saved, *how[:2], True, "lstm")
+        found.append([*batched.prepare(x, *weights, "lstm"), vectors, *grads])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("starts", "ends"),
+    [
+        ([0], []),
+        ([0, 0, 0], []),
+        ([0, 5, 5], [5]),
+        ([0, 438, 876, 4380, 4672], [4380, 4672]),
+        ([0, 9000, 9001, 9002, 9003], [9000, 9003]),
+        ([*range(0, 4800, 240)], [2400, 4560]),
+    ],
+)
+def test_blocks_of_a_backward(starts, ends):
+    """Whole tiles in equal parts, and each token once."""
+    blocks = list(compiled._blocks(starts))
+    assert [block.stop for _, block in blocks] == ends
+    assert [block.start for _, block in blocks] == [0, *ends][: len(ends)]
+    for (first, last), block in blocks:
+        assert slice(starts[first], starts[last]) == block
