@@ -308,7 +308,7 @@ def test_no_cuda_is_the_environment(files, tmp_path):
 
 
 def test_a_backend_that_cannot_run_is_the_environment(files, tmp_path):
-    changes = {"backend": "triton", "hidden-size": 200}
+    changes = {"backend": "triton", "hidden-size": 2049}
     line = one_line(run(*train_args(files, tmp_path / "out", **changes)), 4)
     assert "triton" in line
 
