@@ -6,7 +6,7 @@ import sysconfig
 
 from setuptools import Extension, setup
 
-FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math"]
+FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math"]
 # its threads are then those of PyTorch, which brings the library of this name
 OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
 BUILDS = {"": []}
@@ -27,7 +27,8 @@ setup(
         # plain libraries for ctypes; without a compiler fastsiam does without them
         Extension(
             f"fastsiam._compiled_steps{name}",
-            sources=["kernels/steps.cpp"],
+            sources=[f"kernels/steps{name}.cpp"],
+            depends=["kernels/steps.cpp"],
             extra_compile_args=FLAGS + flags + OPENMP,
             extra_link_args=OPENMP,
             py_limited_api=STABLE,

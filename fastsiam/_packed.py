@@ -22,8 +22,8 @@ BLOCK = 2048
 # bytes from which the GNU C library takes memory from the system whatever was free before
 HUGE = 32 * 2**20
 
-# the memory of tensors of `empty` that are gone, as many as a forward takes
-_SPARE: deque[mmap.mmap] = deque(maxlen=3)
+# the memory of tensors of `empty` that are gone, as many as the forward of two layers takes
+_SPARE: deque[mmap.mmap] = deque(maxlen=6)
 
 
 class Saved(NamedTuple):
@@ -227,7 +227,7 @@ def empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
     What is this large the C library takes from the system at each call and gives back afterwards,
     and the system clears each page: that costs as much as the arithmetic that fills them. So it is
     taken in pages of 2 MiB where there are some, and what the last tensors of this kind had is kept
-    for the next ones.
+    for the next ones, until the process ends. It is never filled with NaN.
     """
     size = torch.Size(shape).numel() * like.element_size()
     if like.device.type != "cpu" or size < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):

@@ -64,12 +64,15 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     names = [f"_compiled_steps{suffix}" for suffix in EXTENSION_SUFFIXES]
     if capability == "AVX512":
         names = [f"_compiled_steps_avx512{suffix}" for suffix in EXTENSION_SUFFIXES] + names
-    file = next((_FOLDER / name for name in names if (_FOLDER / name).exists()), None)
-    if file is None:
-        return None, "this installation of fastsiam was made without a C++ compiler that takes them"
     if platform.machine().lower() in ("x86_64", "amd64") and "AVX" not in capability:
         return None, f"they need AVX2, and PyTorch names this processor {capability}"
-    return _open(file)
+    why_not = "this installation of fastsiam was made without a C++ compiler that takes them"
+    for file in (_FOLDER / name for name in names):
+        if file.exists():
+            library, why_not = _open(file)
+            if library is not None:
+                return library, ""
+    return None, why_not
 
 
 def _open(file: Path) -> tuple[ctypes.CDLL | None, str]:

@@ -50,7 +50,8 @@ def infer(
     batch = _steps.batch(lengths, steps, H)
     vectors = table.new_empty(N, P * H)
     outputs = table.new_zeros(N, steps, P * H) if keep_outputs else None
-    ids, mask = ids.long(), None if mask is None else mask.float()
+    ids = ids.long().contiguous()
+    mask = None if mask is None else mask.float().contiguous()
     for p in range(P):
         _steps.forward(
             cell,
@@ -98,10 +99,10 @@ def forward(
     peaks = torch.zeros(
         (N, P * H) if keep and pooling == "max" else 0, dtype=torch.int32, device=x.device
     )
-    mask = None if mask is None else mask.float()
+    mask = None if mask is None else mask.float().contiguous()
     places = None
     if ids is not None:
-        ids = ids.long()
+        ids = ids.long().contiguous()
         words, places = _steps.distinct(batch, ids, x.shape[0])
     for p in range(P):
         rows = words if ids is not None else _steps.pack(batch, p, None, None)[0]
@@ -151,7 +152,7 @@ def backward(
     last = dvectors if pooling == "last" else None
     places = None
     if ids is not None:
-        ids = ids.long()
+        ids = ids.long().contiguous()
         words, places = _steps.distinct(batch, ids, x.shape[0])
     for p in range(P):
         tokens, rows = _steps.pack(batch, p, ids, places)

@@ -34,7 +34,8 @@ class GraphedStep:
 
     The graph is of B pairs and T time steps and takes every batch up to that: lengths stay on the
     device, and a smaller batch is filled up with its first pair, which then counts once all the
-    same. A step does what the eager step of its batch does, to rounding.
+    same, and takes its time as often. A step does what the eager step of its batch does, to
+    rounding.
 
     A graph repeats what was captured. A learning rate that a schedule changes must therefore be a
     tensor on the device, `Adam(..., lr=torch.tensor(1e-3, device="cuda"), capturable=True)`; a
@@ -143,7 +144,7 @@ class GraphedStep:
     def _load(
         self, sides: tuple[Tensor, Tensor], lengths: tuple[Lengths, Lengths], target: Tensor
     ) -> None:
-        """Copy a batch into the buffers; what lies behind it there is not read."""
+        """Copy a batch into the buffers; what lies behind the ends of sentences is not read."""
         B = sides[0].shape[0]
         for name, side in zip(("left", "right"), sides, strict=True):
             if (

@@ -183,8 +183,8 @@ def programs_each(lengths: Tensor, P: int, target: str) -> int:
         P: directions, 1 or 2.
         target: as for `forward_tile`.
     """
-    multiprocessors = _multiprocessors(lengths.device, target)
-    return -(-lengths.shape[0] * P // (_sequences(target) * multiprocessors))
+    at_once = _sequences(target) * multiprocessors(lengths.device, target)
+    return -(-lengths.shape[0] * P // at_once)
 
 
 def pair_order(lengths: Tensor, B: int, target: str, P: int = 1) -> Tensor | None:
@@ -221,7 +221,7 @@ def parts_of_tokens(device: torch.device, target: str, tiles: int, blocks: int) 
     """
     # two programs of eight warps a multiprocessor hide each other's loads; each part is written and
     # read again, so none is made for less than eight blocks
-    wanted = min(2 * _multiprocessors(device, target) // tiles, blocks // 8, 32)
+    wanted = min(2 * multiprocessors(device, target) // tiles, blocks // 8, 32)
     return power_of_two_below(wanted)
 
 
@@ -244,7 +244,8 @@ def product_precision(dtype: torch.dtype, allow_tf32: bool, target: str) -> str:
 
 
 @functools.cache
-def _multiprocessors(device: torch.device, target: str) -> int:
+def multiprocessors(device: torch.device, target: str) -> int:
+    """Return how many a device has; 1 where the interpreter runs."""
     if target == "interpreter":
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count

@@ -11,8 +11,8 @@ import torch
 from fastsiam.kernels._tiling import (
     LEAST_SHARED_BYTES,
     SHARED_BYTES,
-    _multiprocessors,
     block_h,
+    multiprocessors,
     product_precision,
     target_of,
 )
@@ -58,7 +58,7 @@ _ROUNDS = 2
 
 @functools.cache
 def forward_tile(
-    N: int, P: int, H: int, dtype: torch.dtype, precision: str, target: str, multiprocessors: int
+    N: int, P: int, H: int, dtype: torch.dtype, precision: str, target: str, at_once: int
 ) -> WideTile:
     """Return the tile of the forward kernel.
 
@@ -69,27 +69,23 @@ def forward_tile(
         dtype: float32, float16 or bfloat16.
         precision: what `_tiling.product_precision` gives.
         target: see `_tiling.forward_tile`.
-        multiprocessors: of the device.
+        at_once: multiprocessors of the device.
     """
     block, units = block_h(H), forward_units()
     programs = P * block // units
-    resident = _resident(
-        N, programs, units, 4 * units, block, dtype, precision, target, multiprocessors
-    )
-    return resident or _step_by_step(N, programs, units, dtype, precision, multiprocessors)
+    resident = _resident(N, programs, units, 4 * units, block, dtype, precision, target, at_once)
+    return resident or _step_by_step(N, programs, units, dtype, precision, at_once)
 
 
 @functools.cache
 def backward_tile(
-    N: int, P: int, H: int, dtype: torch.dtype, precision: str, target: str, multiprocessors: int
+    N: int, P: int, H: int, dtype: torch.dtype, precision: str, target: str, at_once: int
 ) -> WideTile:
     """Return the tile of the backward kernel; arguments as for `forward_tile`."""
     block, units = block_h(H), backward_units()
     programs = P * block // units
-    resident = _resident(
-        N, programs, units, units, 4 * block, dtype, precision, target, multiprocessors
-    )
-    return resident or _step_by_step(N, programs, units, dtype, precision, multiprocessors)
+    resident = _resident(N, programs, units, units, 4 * block, dtype, precision, target, at_once)
+    return resident or _step_by_step(N, programs, units, dtype, precision, at_once)
 
 
 def describe(
@@ -99,7 +95,7 @@ def describe(
     target = target_of(device)
     shape = N, P, H, dtype, product_precision(dtype, allow_tf32, target)
     tiles = {
-        name: choose(*shape, target, _multiprocessors(device, target))
+        name: choose(*shape, target, multiprocessors(device, target))
         for name, choose in (("forward", forward_tile), ("backward", backward_tile))
     }
     return ", ".join(
@@ -117,7 +113,7 @@ def _resident(
     dtype: torch.dtype,
     precision: str,
     target: str,
-    multiprocessors: int,
+    at_once: int,
 ) -> WideTile | None:
     """Return the tile with which the weight stays on chip; None where it does not, or should not.
 
@@ -127,7 +123,7 @@ def _resident(
         units: of a program.
         rows: of its slice of the weight.
         inner: columns of that.
-        dtype, precision, target, multiprocessors: as for `forward_tile`.
+        dtype, precision, target, at_once: as for `forward_tile`.
     """
     # AMD's multiprocessors lack the space; interpreted, a program that waits would wait for ever.
     # Three products of tf32 want each slice twice
@@ -144,7 +140,7 @@ def _resident(
         return on_chip and slice_bytes + step_bytes + 1024 <= limit
 
     # all programs of a group have to run at once, a multiprocessor each
-    groups = multiprocessors // programs
+    groups = at_once // programs
     rounds = {columns: -(-N // (columns * max(groups, 1))) for columns in (16, 32) if fits(columns)}
     if groups == 0 or not rounds or min(rounds.values()) > _ROUNDS:
         return None
@@ -154,14 +150,14 @@ def _resident(
 
 
 def _step_by_step(
-    N: int, programs: int, units: int, dtype: torch.dtype, precision: str, multiprocessors: int
+    N: int, programs: int, units: int, dtype: torch.dtype, precision: str, at_once: int
 ) -> WideTile:
     """Return the tile of a launch a step; arguments as for `_resident`."""
     # more columns share what is read of the weight, fewer leave no multiprocessor idle. 64 have two
     # warps for each that the units fill, or would not fit the registers; beside three products of
     # tf32 only 16 do. AMD's matrix instructions have no less
     sizes = (64, 32) if precision != "tf32x3" else ()
-    wanted = (size for size in sizes if -(-N // size) * programs >= multiprocessors)
+    wanted = (size for size in sizes if -(-N // size) * programs >= at_once)
     columns = next(wanted, 16)
     num_warps = 8 if columns == 64 else 4
     return WideTile(units, columns, 128 // dtype.itemsize, False, -(-N // columns), num_warps, 3)

@@ -28,7 +28,7 @@ def _load_slice(
     # a slice of the weight, [M, BLOCK_K], to stay on chip; columns behind the K are 0
     k = tl.arange(0, BLOCK_K)[None, :]
     weight_ptrs = weight_ptr + (tl.arange(0, M)[:, None] * K + k)
-    weight = tl.load(weight_ptrs, mask=k < K if BLOCK_K > K else None)
+    weight = tl.load(weight_ptrs, mask=k < K, other=0.0) if BLOCK_K > K else tl.load(weight_ptrs)
     return weight.to(tl.float32) if WIDEN else weight
 
 

@@ -229,7 +229,7 @@ def siamese_wide_bwd(
     if N == 0:
         return dgates
     target = _tiling.target_of(vectors.device)
-    multiprocessors = _tiling._multiprocessors(vectors.device, target)
+    multiprocessors = _tiling.multiprocessors(vectors.device, target)
     precision = _tiling.product_precision(dtype, allow_tf32, target)
     tile = _tiling_wide.backward_tile(N, P, H, dtype, precision, target, multiprocessors)
     tiles = _tiling.cdiv(N, tile.sequences)

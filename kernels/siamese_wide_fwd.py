@@ -284,7 +284,7 @@ def siamese_wide_fwd(
     B = N // 2 if paired else N
     block = _tiling.block_h(H)
     target = _tiling.target_of(table.device)
-    multiprocessors = _tiling._multiprocessors(table.device, target)
+    multiprocessors = _tiling.multiprocessors(table.device, target)
     precision = _tiling.product_precision(dtype, allow_tf32, target)
     tile = _tiling_wide.forward_tile(N, P, H, dtype, precision, target, multiprocessors)
     tiles = _tiling.cdiv(N, tile.sequences)

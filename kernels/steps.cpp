@@ -24,10 +24,11 @@ constexpr int64_t WIDTH = 16;  // floats in a Vector
 constexpr int64_t WIDTH = 8;
 #endif
 constexpr int64_t PANEL = 2 * WIDTH;  // columns of a product that are worked on at a time
-constexpr int64_t ROWS = 6;  // rows: 6 x 2 sums, 2 vectors of columns and a factor, of 16 registers
-constexpr int64_t DEPTH = 64;      // terms of a sum over rows that are worked on at a time
-constexpr int64_t TILE = 24;        // most sequences in a tile
-constexpr int64_t WORTH = 1000000;  // multiplications that are worth a thread
+// rows: 6 x 2 sums, 2 vectors of columns and a factor, of 16 registers
+constexpr int64_t ROWS = 6;
+constexpr int64_t DEPTH = 64;         // terms of a sum over rows that are worked on at a time
+constexpr int64_t TILE = 24;          // most sequences in a tile
+constexpr int64_t WORTH = 1000000;    // multiplications that are worth a thread
 
 typedef float Vector __attribute__((vector_size(4 * WIDTH)));
 typedef uint32_t Bits __attribute__((vector_size(4 * WIDTH)));

@@ -375,9 +375,7 @@ def compile_job(job: Job) -> Any:
         "STREAM": job.tile.stream,
         "OPERAND": in_triton(job.tile.operand),
         "PARTS": job.tile.parts,
-        "PRECISION": _tiling.product_precision(
-            torch_dtype(job.dtype), job.dtype == "tf32", job.target
-        ),
+        "PRECISION": precision(job.dtype, job.target),
         "UNITS": math.gcd(job.tile.block_h, UNITS),
         "SLICE": job.tile.block_h,
         **arithmetic(job.dtype, job.target)._asdict(),

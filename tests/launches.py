@@ -74,7 +74,7 @@ def main() -> None:
     # tensors of the host stand for a GPU's
     _backend.interpreted = lambda: True
     _tiling.target_of = lambda _: f"sm_{arguments.target}"
-    _tiling._multiprocessors = lambda *_: 132
+    _tiling.multiprocessors = lambda *_: 132
     for case in QUICK if arguments.quick else QUICK + cases.CASES:
         cases.compute(case, cases.make_inputs(case), "triton", case.dtype)
     vectors = torch.randn(3, 1)

@@ -193,7 +193,7 @@ BUILDS = sorted(_steps._FOLDER.glob("_compiled_steps*"))
 @needs_library
 @pytest.mark.parametrize("build", BUILDS, ids=lambda build: build.name)
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
-@pytest.mark.parametrize(("N", "H"), [(3, 3), (25, 16), (100, 50)])
+@pytest.mark.parametrize(("N", "H"), [(3, 3), (5, 9), (25, 16), (100, 50)])
 def test_builds_for_other_processors(monkeypatch, build, cell, N, H):
     """They give the same bits."""
     if "avx512" in build.name and torch.backends.cpu.get_cpu_capability() != "AVX512":
@@ -328,3 +328,16 @@ def test_blocks_of_a_backward(starts, ends):
     assert [block.start for _, block in blocks] == [0, *ends][: len(ends)]
     for (first, last), block in blocks:
         assert slice(starts[first], starts[last]) == block
+
+
+@needs_library
+def test_a_build_that_does_not_load_leaves_the_other(monkeypatch, tmp_path):
+    name = f"_compiled_steps{_steps.EXTENSION_SUFFIXES[-1]}"
+    monkeypatch.setattr(_steps, "_FOLDER", tmp_path)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    assert "made without a C++ compiler" in _steps._load()[1]
+    (tmp_path / name.replace("steps", "steps_avx512")).write_bytes(b"")
+    assert "could not be loaded" in _steps._load()[1]
+    plain = next(build for build in BUILDS if "avx512" not in build.name)
+    (tmp_path / name).write_bytes(plain.read_bytes())
+    assert _steps._load()[1] == ""

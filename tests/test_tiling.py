@@ -39,7 +39,7 @@ def test_sequences_of_a_backward_program(H, dtype, target, each, sequences):
     ],
 )
 def test_parts_of_the_tokens(monkeypatch, tiles, blocks, parts):
-    monkeypatch.setattr(_tiling, "_multiprocessors", lambda *_: 132)
+    monkeypatch.setattr(_tiling, "multiprocessors", lambda *_: 132)
     assert _tiling.parts_of_tokens(torch.device("cuda"), "sm_90", tiles, blocks) == parts
 
 
