@@ -20,7 +20,7 @@ from fastsiam.kernels._tiling_wide import forward_units
 
 # columns of the input's weight that a program packs, and units at most
 COLUMNS = 64
-UNITS = 128
+UNITS = 64
 WARPS = 8
 
 
