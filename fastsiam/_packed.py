@@ -70,7 +70,7 @@ def schedule(lengths: Tensor, steps: int, P: int) -> Schedule:
     A length beyond these, which only an unchecked call can bring, counts as the nearest one.
     """
     lengths = lengths.long().clamp(0, steps)
-    order, tokens, alive = _order(lengths, steps, P, GROUP)
+    order, tokens, alive = _order(lengths, steps, P)
     blocks: list[Block] = []
     row = 0
     for number, left in enumerate(alive):
@@ -86,14 +86,12 @@ def schedule(lengths: Tensor, steps: int, P: int) -> Schedule:
     return Schedule(lengths, order, tokens, blocks)
 
 
-def _order(
-    lengths: Tensor, steps: int, P: int, group: int
-) -> tuple[Tensor, list[Tensor], list[list[int]]]:
+def _order(lengths: Tensor, steps: int, P: int) -> tuple[Tensor, list[Tensor], list[list[int]]]:
     """Return sequences, longest first; each direction's tokens; each group's rows by step."""
     longest_first, order = torch.sort(lengths, descending=True, stable=True)
     tokens: list[list[Tensor]] = [[] for _ in range(P)]
     alive: list[list[int]] = []
-    for some, sequences in zip(longest_first.split(group), order.split(group), strict=True):
+    for some, sequences in zip(longest_first.split(GROUP), order.split(GROUP), strict=True):
         finished = torch.bincount(some, minlength=1).cumsum(0)[:-1]
         time = torch.arange(finished.shape[0], device=lengths.device).unsqueeze(1)
         valid, first = time < some, sequences * steps

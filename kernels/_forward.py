@@ -128,6 +128,28 @@ def _finish(
             tl.store(similarity_ptr + pair, tl.exp(-scale * distance), mask=live)
 
 
+def new_results(
+    vectors: Tensor,
+    shapes: tuple[tuple[int, ...], ...],
+    steps: int,
+    pooling: str,
+    store_records: bool,
+    store_outputs: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Allocate what a forward may keep beside its vectors, [N, P * H]; what is not wanted is empty.
+
+    Returns:
+        outputs, gates, cells, states and peaks, as `launch` does; records of the given shapes.
+    """
+    N, columns = vectors.shape
+    # zero behind a sequence's end, where no step writes
+    outputs = vectors.new_zeros((N, steps, columns) if store_outputs else 0)
+    gates, cells, states = (vectors.new_empty(shape) for shape in shapes)
+    wants_peaks = store_records and pooling == "max"
+    peaks = torch.empty_like(vectors if wants_peaks else vectors[:0, 0], dtype=torch.int32)
+    return outputs, gates, cells, states, peaks
+
+
 def launch(
     kernel: Any,
     record_shapes: Callable[[int, int, int, int], tuple[tuple[int, ...], ...]],
@@ -165,12 +187,9 @@ def launch(
     vectors = new((N, P * H), device=table.device, dtype=dtype)
     distance = new((P, B if paired else 0), device=vectors.device)
     similarity = torch.exp(distance[0]) if nothing else torch.empty_like(distance[0])
-    # zero behind a sequence's end, where no step writes
-    outputs = vectors.new_zeros((N, steps, P * H) if store_outputs else 0)
     shapes = record_shapes(N, steps, H, P) if store_records else ((0,),) * 3
-    gates, cells, states = (vectors.new_empty(shape) for shape in shapes)
-    wants_peaks = store_records and pooling == "max"
-    peaks = torch.empty_like(vectors if wants_peaks else vectors[:0, 0], dtype=torch.int32)
+    kept = new_results(vectors, shapes, steps, pooling, store_records, store_outputs)
+    outputs, gates, cells, states, peaks = kept
     if nothing:
         return similarity, distance[0], vectors, outputs, gates, cells, states, peaks
     target = _tiling.target_of(vectors.device)

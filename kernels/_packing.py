@@ -26,10 +26,10 @@ _GRADIENT = (0.25, 0.25, 0.5, 0.5)  # of a stored gate gradient
 
 
 @functools.cache
-def _factors(of_gates: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Return a factor a gate, [4, 1, 1], kept on the device: no call but the first copies them."""
+def _factors(of_gates: tuple[float, ...], device: torch.device) -> Tensor:
+    """Return a factor a gate, [4] float32, kept on the device: only the first call copies them."""
     with torch.inference_mode(False):
-        return torch.tensor(of_gates, device=device, dtype=dtype).view(4, 1, 1)
+        return torch.tensor(of_gates, device=device, dtype=torch.float32)
 
 
 def packed_shapes(
@@ -68,7 +68,7 @@ def prepare(
 
     The shapes are `packed_shapes`.
     """
-    factors = _factors(of_gates, x.device, torch.float32)
+    factors = _factors(of_gates, x.device)
     H = weight_hh.shape[2]
     packed_ih, weight, packed_bias = pack(
         weight_ih, weight_hh, bias, factors, False, *_forward_operand(x.dtype, H)
@@ -102,7 +102,7 @@ def pack_backward(
         how = _tiling.arithmetic(dtype, allow_tf32, target)
         tile = _tiling.backward_tile(H, dtype, how, target)
         operand, parts = tile.operand, tile.parts
-    factors = _factors(of_gates, weight_hh.device, torch.float32)
+    factors = _factors(of_gates, weight_hh.device)
     packed_ih, weight, _ = pack(weight_ih, weight_hh, None, factors, True, operand, parts)
     bits = weight.view(torch.int32 if operand == torch.float32 else torch.int16)
     return None if weight_ih is None else packed_ih, bits
@@ -167,7 +167,7 @@ def weight_gradients(
         dx (like x, or empty), dweight_ih [P, gates * H, D], dweight_hh [P, gates * H, H], dbias
         [P, 4H].
     """
-    factors = _factors(of_gates, x.device, torch.float32)
+    factors = _factors(of_gates, x.device)
     of_weights = products_over_tokens(
         dgates, states, x, ids, lengths, factors, H, gates, steps, allow_tf32
     )

@@ -119,8 +119,8 @@ def backward_tile(H: int, dtype: torch.dtype, how: Arithmetic, target: str, each
     # its two halves pass through shared memory one after the other
     passing = 2 * block * block * operand.itemsize
     stream = _streams(block, operand, parts, target, passing, exchange=4 * block)
-    # the accumulator has one row a unit, so a warp holds 16 units: 2, 4 or 8 warps cover the block
     sequences = _backward_sequences(block, dtype, target, each)
+    # the accumulator has one row a unit, so a warp holds 16 units: 2, 4 or 8 warps cover the block
     return Tile(block, sequences, block // 16, stream, operand, parts)
 
 
@@ -139,7 +139,7 @@ def block_h(H: int) -> int:
     """Return hidden size H with its padding: the units of a program, but where H is wide."""
     if H > NARROW:
         # whole slices of units, and whole pieces of an inner dimension
-        return -(-H // 64) * 64
+        return cdiv(H, 64) * 64
     # the dot product's inner dimension is at least 16; below 32 the work is all latency
     return 32 if H <= 32 else 64 if H <= 64 else 128
 
@@ -184,7 +184,7 @@ def programs_each(lengths: Tensor, P: int, target: str) -> int:
         target: as for `forward_tile`.
     """
     at_once = _sequences(target) * multiprocessors(lengths.device, target)
-    return -(-lengths.shape[0] * P // at_once)
+    return cdiv(lengths.shape[0] * P, at_once)
 
 
 def pair_order(lengths: Tensor, B: int, target: str, P: int = 1) -> Tensor | None:
@@ -239,7 +239,7 @@ def product_precision(dtype: torch.dtype, allow_tf32: bool, target: str) -> str:
     """Return what tl.dot is told of the precision of operands of `dtype`."""
     if dtype != torch.float32 or not target.startswith("sm_"):
         return "ieee"
-    # as right as float32 to a few bits, and ten times as quick as without matrix instructions
+    # three products on matrix instructions, which have float32's accuracy to a few bits
     return "tf32" if allow_tf32 else "tf32x3"
 
 

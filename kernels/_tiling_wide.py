@@ -12,6 +12,7 @@ from fastsiam.kernels._tiling import (
     LEAST_SHARED_BYTES,
     SHARED_BYTES,
     block_h,
+    cdiv,
     multiprocessors,
     product_precision,
     target_of,
@@ -141,7 +142,7 @@ def _resident(
 
     # all programs of a group have to run at once, a multiprocessor each
     groups = at_once // programs
-    rounds = {columns: -(-N // (columns * max(groups, 1))) for columns in (16, 32) if fits(columns)}
+    rounds = {columns: cdiv(N, columns * max(groups, 1)) for columns in (16, 32) if fits(columns)}
     if groups == 0 or not rounds or min(rounds.values()) > _ROUNDS:
         return None
     # with fewer columns a step is shorter
@@ -157,7 +158,7 @@ def _step_by_step(
     # warps for each that the units fill, or would not fit the registers; beside three products of
     # tf32 only 16 do. AMD's matrix instructions have no less
     sizes = (64, 32) if precision != "tf32x3" else ()
-    wanted = (size for size in sizes if -(-N // size) * programs >= at_once)
+    wanted = (size for size in sizes if cdiv(N, size) * programs >= at_once)
     columns = next(wanted, 16)
     num_warps = 8 if columns == 64 else 4
-    return WideTile(units, columns, 128 // dtype.itemsize, False, -(-N // columns), num_warps, 3)
+    return WideTile(units, columns, 128 // dtype.itemsize, False, cdiv(N, columns), num_warps, 3)

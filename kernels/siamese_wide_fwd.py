@@ -19,6 +19,7 @@ from fastsiam.kernels._forward import (
     _load_rows,
     _pool,
     _row_at,
+    new_results,
 )
 from fastsiam.kernels._math import (
     _direction,
@@ -293,13 +294,10 @@ def siamese_wide_fwd(
     pooled = torch.empty_like(vectors, dtype=torch.float32)
     similarity = pooled.new_empty(B if paired else 0)
     distance = torch.empty_like(similarity)
-    # zero behind a sequence's end, where no step writes
-    outputs = vectors.new_zeros((N, steps, P * H) if store_outputs else 0)
     shapes = _packing.record_shapes(N, steps, H, P) if store_records else ((0,),) * 3
-    gates, cells, states = (vectors.new_empty(shape) for shape in shapes)
-    wants_peaks = store_records and pooling == "max"
-    peaks = torch.empty_like(vectors if wants_peaks else vectors[:0, 0], dtype=torch.int32)
-    results = similarity, distance, vectors, outputs, gates, cells, states, peaks
+    kept = new_results(vectors, shapes, steps, pooling, store_records, store_outputs)
+    outputs, gates, cells, states, peaks = kept
+    results = similarity, distance, vectors, *kept
     if N == 0:
         return results
     slots = tiles * tile.sequences

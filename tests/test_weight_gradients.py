@@ -19,8 +19,8 @@ def make(N, T, D, H, P, dtype, ids):
     time = torch.arange(T + 1, device=DEVICE)
     ends = lengths.unsqueeze(1)
     # a step goes from its token's gap to the next one, or the other way round
-    began = torch.stack((time < ends, (time > 0) & (time <= ends)))[:P].view(P, -1)
-    ended = torch.stack((time < ends, (time > 0) & (time <= ends))).flip(0)[:P].view(P, -1)
+    ways = torch.stack((time < ends, (time > 0) & (time <= ends)))
+    began, ended = (gaps[:P].view(P, -1) for gaps in (ways, ways.flip(0)))
     dgates = torch.randn(P, N * (T + 1), block, 4, device=DEVICE).to(dtype)
     states = torch.randn(P, N * (T + 1), block, device=DEVICE).to(dtype)
     dgates[~began] = torch.nan
