@@ -83,9 +83,8 @@ class GraphedStep:
         (self.device,) = devices
         if self.device.type == "cuda" and (obstacle := capture_obstacle(optimizer)):
             raise ValueError(f"GraphedStep: {obstacle}")
-        # 1 for a pair of the batch, 0 for one that fills it up; and how many are its own
-        self._counts = torch.ones(B, device=self.device)
-        self._count = torch.full((), B, dtype=torch.int64, device=self.device)
+        # of each pair's loss in the batch's: 0 for a pair that fills the batch up
+        self._shares: Tensor | None = None
         self._pairs = B
         self._lengths = tuple(
             torch.zeros(B, dtype=torch.int64, device=self.device) for _ in range(2)
@@ -183,9 +182,12 @@ class GraphedStep:
         _fill_up(self._target, B)
         if B != self._pairs:
             self._pairs = B
-            self._counts[:B].fill_(1)
-            self._counts[B:].zero_()
-            self._count.fill_(B)
+            self._share_out()
+
+    def _share_out(self) -> None:
+        if self._shares is not None:
+            self._shares[: self._pairs].fill_(1 / self._pairs)
+            self._shares[self._pairs :].zero_()
 
     def _step(self) -> Tensor:
         """Run one step on what the buffers hold."""
@@ -205,12 +207,15 @@ class GraphedStep:
                 f"GraphedStep: loss must return one value a pair, [{self.B}], "
                 f"got {list(losses.shape)}; most losses do with reduction='none'"
             )
-        loss = (losses * self._counts).sum() / self._count
-        loss.backward()
+        if self._shares is None:
+            self._shares = losses.new_empty(self.B)
+            self._share_out()
+        # as of the mean's own backward, without its launches
+        losses.backward(self._shares)
         if self.clip is not None:
             nn.utils.clip_grad_norm_(self._trained, self.clip)
         self.optimizer.step()
-        return loss.detach()
+        return (losses.detach() * self._shares).sum()
 
     def _warm_up(self) -> Tensor:
         """Run a step eagerly on the stream of the later capture."""
