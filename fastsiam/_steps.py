@@ -18,7 +18,7 @@ from torch import Tensor
 # above it a call with few sequences copies and reads more weights than it computes with
 MAX_HIDDEN = 512
 # the interface, as in steps.cpp
-VERSION = 2
+VERSION = 3
 
 # sequences in a tile; of few ones less, so that each thread gets some, unless the weights are too
 # many to be read for each tile
@@ -37,7 +37,7 @@ class _Layer(ctypes.Structure):
     _fields_ = [
         *((name, _INTEGER) for name in ("H", "N", "T", "columns", "turned", "pooling")),
         *((name, _INTEGER) for name in ("threads", "tile")),
-        *((name, _POINTER) for name in ("lengths", "order", "starts", "panels")),
+        *((name, _POINTER) for name in ("lengths", "order", "starts", "panels", "work")),
         ("R", _INTEGER),
         *((name, _POINTER) for name in ("table", "ids", "places", "mask")),
         *((name, _POINTER) for name in ("vectors", "outputs", "peaks")),
@@ -193,6 +193,7 @@ def forward(
         saved: gates, and states before each token, h and c: packed rows, to be filled.
     """
     H = weight.shape[1]
+    work = _work(batch, weight, H)
     layer = _layer(
         batch,
         p,
@@ -200,6 +201,7 @@ def forward(
         columns=vectors.shape[1],
         pooling=_POOLINGS[pooling],
         panels=weight,
+        work=work,
         R=table.shape[0],
         table=table,
         ids=ids,
@@ -236,12 +238,14 @@ def backward(
         dgates: [m, 4H].
     """
     H = dgates.shape[1] // 4
+    work = _work(batch, dgates, H)
     layer = _layer(
         batch,
         p,
         H,
         columns=0 if dvectors is None else dvectors.shape[1],
         panels=weight,
+        work=work,
         first=tiles[0],
         last=tiles[1],
         dvectors=_columns(dvectors, p * H),
@@ -299,6 +303,11 @@ def _layer(batch: Batch, p: int, H: int, **fields: Tensor | int | None) -> _Laye
             for name, field in fields.items()
         },
     )
+
+
+def _work(batch: Batch, like: Tensor, H: int) -> Tensor:
+    """Return memory for what each thread keeps of a tile."""
+    return like.new_empty(torch.get_num_threads(), batch.tile * 7 * H)
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

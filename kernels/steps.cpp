@@ -8,10 +8,12 @@
 
 #include <cmath>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 #ifdef __AVX__
 #include <immintrin.h>
+#endif
+#ifdef _OPENMP
+#include <omp.h>
 #endif
 
 namespace {
@@ -118,22 +120,38 @@ void multiply(const float* const* a, int64_t rows, const Panels& right, const fl
     }
 }
 
-// out += a.T @ panel, for R columns of `a`, [K, .].
-template <int R>
-INLINE void accumulate_block(const float* a, int64_t stride_a, const float* panel, int64_t K,
-                             float* out, int64_t stride_out, int64_t columns) {
-    Vector sums[R][2] = {};
+// out += a.T @ panel, for R columns of `a`, [K, M], and C vectors of columns.
+template <int R, int C>
+INLINE void accumulate_block(const float* a, int64_t M, const float* panel, int64_t K, float* out,
+                             int64_t stride_out, int64_t columns) {
+    Vector sums[R][C] = {};
     for (int64_t k = 0; k < K; k++) {
-        const Vector right[2] = {load<Vector>(&panel[k * PANEL]),
-                                 load<Vector>(&panel[k * PANEL + WIDTH])};
+        Vector right[C];
+#pragma GCC unroll 8
+        for (int c = 0; c < C; c++) right[c] = load<Vector>(&panel[k * PANEL + c * WIDTH]);
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
-            for (int c = 0; c < 2; c++) sums[r][c] += a[k * stride_a + r] * right[c];
+            for (int c = 0; c < C; c++) sums[r][c] += a[k * M + r] * right[c];
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
         add(&out[r * stride_out], sums[r], columns, &out[r * stride_out]);
+}
+
+template <int C>
+void accumulate_panel(const float* a, int64_t M, const float* panel, int64_t K, float* out,
+                      int64_t stride_out, int64_t columns) {
+    int64_t m = M;
+    for (; m >= ROWS; m -= ROWS, a += ROWS, out += ROWS * stride_out)
+        accumulate_block<ROWS, C>(a, M, panel, K, out, stride_out, columns);
+    switch (m) {
+        case 5: return accumulate_block<5, C>(a, M, panel, K, out, stride_out, columns);
+        case 4: return accumulate_block<4, C>(a, M, panel, K, out, stride_out, columns);
+        case 3: return accumulate_block<3, C>(a, M, panel, K, out, stride_out, columns);
+        case 2: return accumulate_block<2, C>(a, M, panel, K, out, stride_out, columns);
+        case 1: return accumulate_block<1, C>(a, M, panel, K, out, stride_out, columns);
+    }
 }
 
 // a < b ? a : b, and so b where one is a NaN. GCC makes of that two instructions where one will do.
@@ -324,6 +342,7 @@ struct Layer {
     const int64_t* order;    // [N] sequences, longest first
     const int64_t* starts;   // [tiles + 1] packed row where each tile begins and the last one ends
     const float* panels;     // of the recurrent weight
+    float* work;             // [threads, tile * 7H] for what a thread keeps of a tile
     // forward
     int64_t R;              // rows of the table
     const float* table;     // [R, 4H]
@@ -404,7 +423,7 @@ void pool(const Layer& layer, const float* h, int64_t sequence, int64_t step, fl
     }
 }
 
-// `work` has room for a tile of 3H states and 4H gates.
+// `work` has a tile's states and what is pooled, 3H, and its gates, 4H.
 template <class Cell>
 void forward_tile(const Layer& layer, int64_t number, float* work) {
     const Tile tile(layer, number);
@@ -448,7 +467,7 @@ void forward_tile(const Layer& layer, int64_t number, float* work) {
         }
 }
 
-// `work` has room for a tile of 2H gradients of states.
+// `work` has a tile's gradients of states, 2H.
 template <class Cell>
 void backward_tile(const Layer& layer, int64_t number, float* work) {
     const Tile tile(layer, number);
@@ -484,23 +503,26 @@ void backward_tile(const Layer& layer, int64_t number, float* work) {
 
 // Runs `tile_of` for tiles from `first` to before `last`.
 template <class Run>
-void run(const Layer& layer, int64_t first, int64_t last, int64_t room, Run tile_of) {
+void run(const Layer& layer, int64_t first, int64_t last, Run tile_of) {
     if (first == last) return;
     [[maybe_unused]] const int threads = threads_for(layer, first, last);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        float* work = static_cast<float*>(std::malloc(layer.tile * room * sizeof(float)));
+        int64_t thread = 0;
+#ifdef _OPENMP
+        thread = omp_get_thread_num();
+#endif
+        float* work = &layer.work[thread * layer.tile * 7 * layer.H];
         // the long ones come first
 #pragma omp for schedule(dynamic, 1)
         for (int64_t number = first; number < last; number++) tile_of(layer, number, work);
-        std::free(work);
     }
 }
 
 }  // namespace
 
 // What _steps.py asks before it calls anything else: goes up with every change of an argument.
-extern "C" int64_t version() { return 2; }
+extern "C" int64_t version() { return 3; }
 extern "C" int64_t panel() { return PANEL; }
 
 // Lays `weight`, [K, N] with these strides, out as Panels.
@@ -603,13 +625,10 @@ extern "C" void accumulate(int64_t K, int64_t M, int64_t N, int64_t threads, con
                         for (int64_t i = 0; i < PANEL; i++)
                             panel[k * PANEL + i] = i < columns ? row[i] : 0.0f;
                 }
-                const float* left = &a[from * M];
-                float* to = &out[j];
-                int64_t m = M;
-                for (; m >= ROWS; m -= ROWS, left += ROWS, to += ROWS * N)
-                    accumulate_block<ROWS>(left, M, panel, depth, to, N, columns);
-                for (; m > 0; m--, left++, to += N)
-                    accumulate_block<1>(left, M, panel, depth, to, N, columns);
+                if (columns > WIDTH)
+                    accumulate_panel<2>(&a[from * M], M, panel, depth, &out[j], N, columns);
+                else
+                    accumulate_panel<1>(&a[from * M], M, panel, depth, &out[j], N, columns);
             }
         }
     }
@@ -640,13 +659,13 @@ bool forward(const Layer& layer) {
                 int64_t id = layer.ids[n * layer.T + step];
                 if (id < 0 || id >= layer.R) return false;
             }
-    run(layer, 0, tiles(layer), 7 * layer.H, forward_tile<Cell>);
+    run(layer, 0, tiles(layer), forward_tile<Cell>);
     return true;
 }
 
 template <class Cell>
 void backward(const Layer& layer) {
-    run(layer, layer.first, layer.last, 2 * layer.H, backward_tile<Cell>);
+    run(layer, layer.first, layer.last, backward_tile<Cell>);
 }
 
 extern "C" bool lstm_forward(const Layer* layer) { return forward<Lstm>(*layer); }
