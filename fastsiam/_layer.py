@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastsiam import batched
-from fastsiam._packed import Saved, compute_dtype
+from fastsiam._packed import OfPairs, Saved, compute_dtype
 
 # padded tokens, and sequences, whose activations `gradients_in_parts` holds at once
 PART_TOKENS, PART_SEQUENCES = 2**16, 1024
@@ -27,7 +27,9 @@ def prepare(
 ) -> tuple[Tensor, Tensor]:
     """Project the rows of x, [R, D], and lay the recurrent weight out for `infer`."""
     if backend == "triton":
-        table, weight = _packing_of(cell).prepare(x, weight_ih, weight_hh, bias)
+        table, weight, _ = _packing_of(cell).prepare(
+            x, weight_ih, weight_hh, bias, keep=False, allow_tf32=False
+        )
         return table, weight
     return batched.prepare(x, weight_ih, weight_hh, bias, cell)
 
@@ -55,6 +57,13 @@ def saved_shapes(
     M = N * steps
     cells = (P, M, H) if batched.CELLS[cell].STATES == 2 else (0,)
     return ((P, M, 4 * H), cells, (P, M, H)), compute_dtype(dtype)
+
+
+def transposed_shape(weight_hh: Tensor, allow_tf32: bool) -> tuple[Shape, torch.dtype]:
+    """Return shape and dtype of weight_hh as `run` keeps it for the backward kernel."""
+    from fastsiam.kernels import _packing
+
+    return _packing.transposed_shape(weight_hh, allow_tf32)
 
 
 def infer(
@@ -117,16 +126,20 @@ def run(
     cell: str,
     backend: str,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Run a layer from its inputs; `keep` says whether to keep what `gradients` needs."""
     H = weight_hh.shape[2]
     if backend == "triton":
         from fastsiam.kernels._packing import token_rows
 
         rows, row_ids = token_rows(x, ids, lengths, steps)
+        table, weight, transposed = _packing_of(cell).prepare(
+            rows, weight_ih, weight_hh, bias, keep, allow_tf32
+        )
         outputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
         outputs = _launchers(cell, H)[0](
-            *_packing_of(cell).prepare(rows, weight_ih, weight_hh, bias),
+            table,
+            weight,
             row_ids,
             lengths,
             mask,
@@ -141,7 +154,7 @@ def run(
             store_records=keep,
             store_outputs=keep_outputs,
         )
-        return outputs
+        return *outputs, transposed if keep else x.new_empty(0)
     h, states, saved = batched.forward(
         x,
         ids,
@@ -157,11 +170,11 @@ def run(
         keep,
     )
     similarity, distance = _score(h, paired, scale, learned_scale)
-    return (similarity, distance, h.to(x.dtype), states.to(x.dtype), *saved)
+    return (similarity, distance, h.to(x.dtype), states.to(x.dtype), *saved, x.new_empty(0))
 
 
 def gradients(
-    dpair: Tensor | None,
+    of_pairs: OfPairs,
     dvectors: Tensor | None,
     doutputs: Tensor | None,
     x: Tensor,
@@ -172,6 +185,7 @@ def gradients(
     weight_hh: Tensor,
     h: Tensor,
     saved: Saved,
+    transposed: Tensor,
     steps: int,
     pooling: str,
     need_dx: bool,
@@ -182,23 +196,20 @@ def gradients(
     """Return the gradients of x (empty unless need_dx), weight_ih, weight_hh and bias.
 
     Args:
-        dpair: [B] gradient of the pairs' L1, or None.
+        of_pairs: of the pairs' L1.
         dvectors: [N, P * H], or None.
         doutputs: [N, T, P * H], or None.
         h: [N, P * H] vectors.
-        saved: what `run` kept.
+        saved, transposed: what `run` kept.
     """
     if backend == "triton":
         packing = _packing_of(cell)
-        packed_ih, packed_hh = packing.pack_backward(
-            weight_ih if need_dx else None, weight_hh, allow_tf32
-        )
         dgates = _launchers(cell, weight_hh.shape[2])[1](
-            dpair,
+            *of_pairs,
             dvectors,
             doutputs,
             h,
-            packed_hh,
+            transposed,
             lengths,
             mask,
             *saved,
@@ -207,12 +218,20 @@ def gradients(
             allow_tf32,
         )
         found: tuple[Tensor, Tensor, Tensor, Tensor] = packing.weight_gradients(
-            dgates, saved.states, x, ids, lengths, packed_ih, weight_hh.shape[2], steps, allow_tf32
+            dgates,
+            saved.states,
+            x,
+            ids,
+            lengths,
+            weight_ih if need_dx else None,
+            weight_hh,
+            steps,
+            allow_tf32,
         )
         return found
     dtype = saved.gates.dtype
     dx, dweight_ih, dweight_hh, dbias = batched.backward(
-        _reach_vectors(dpair, dvectors, h.to(dtype)),
+        _reach_vectors(of_pairs.total(), dvectors, h.to(dtype)),
         None if doutputs is None else doutputs.to(dtype),
         x,
         ids,
@@ -235,7 +254,7 @@ def gradients(
 
 
 def gradients_in_parts(
-    dpair: Tensor | None,
+    of_pairs: OfPairs,
     dvectors: Tensor | None,
     doutputs: Tensor | None,
     x: Tensor,
@@ -255,7 +274,7 @@ def gradients_in_parts(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Do what `gradients` does with nothing kept: run some sequences again, then the next ones."""
     N, precise = lengths.shape[0], torch.promote_types(x.dtype, torch.float32)
-    dv = _reach_vectors(dpair, dvectors, h.to(precise))
+    dv = _reach_vectors(of_pairs.total(), dvectors, h.to(precise))
     sums = [
         torch.zeros(shape, device=x.device, dtype=precise)
         for shape in (weight_ih.shape, weight_hh.shape, (len(weight_hh), 4 * weight_hh.shape[2]))
@@ -267,16 +286,17 @@ def gradients_in_parts(
         rows = slice(start * steps, min(start + size, N) * steps) if ids is None else slice(None)
         part = (x[rows], _some(ids, some), lengths[some], _some(mask, some), weight_ih, weight_hh)
         how = (allow_tf32, cell, backend)
-        _, _, vectors, _, *kept = run(
+        _, _, vectors, _, *kept, transposed = run(
             *part, bias, None, 1.0, steps, pooling, False, False, *how, keep=True
         )
         found = gradients(
-            None,
+            OfPairs(None, vectors, 1.0, None),
             None if dv is None else dv[some].to(x.dtype),
             _some(doutputs, some),
             *part,
             vectors,
             Saved(*kept),
+            transposed,
             steps,
             pooling,
             need_dx,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastsiam import _layer, _topk
-from fastsiam._packed import Saved, compute_dtype
+from fastsiam._packed import OfPairs, Saved, compute_dtype
 
 Fake = TypeVar("Fake", bound=Callable[..., Any])
 
@@ -222,7 +222,7 @@ def siamese_fwd(
     allow_tf32: bool,
     cell: str,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Run a layer and keep the activations.
 
     Args:
@@ -243,7 +243,7 @@ def siamese_fwd(
 
     Returns:
         Similarity and L1 [B], vectors [N, P * H], hidden states [N, steps, P * H] (empty unless
-        wanted), and four tensors for the backward.
+        wanted), and five tensors for the backward.
     """
     return _layer.run(
         x,
@@ -285,7 +285,7 @@ def _(
     allow_tf32: bool,
     cell: str,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     P, H = weight_hh.shape[0], weight_hh.shape[2]
     N = lengths.shape[0]
     outputs = _fake_outputs(x, lengths, P * H, steps, paired, keep_outputs, x.dtype)
@@ -295,7 +295,11 @@ def _(
     gates, c, states = (x.new_empty(shape, dtype=dtype) for shape in shapes)
     kept = pooling == "max" and not recompute
     peaks = x.new_empty((N, P * H) if kept else 0, dtype=torch.int32)
-    return (*outputs, gates, c, states, peaks)
+    transposed = x.new_empty(0)
+    if backend == "triton" and not recompute:
+        shape, dtype = _layer.transposed_shape(weight_hh, allow_tf32)
+        transposed = x.new_empty(shape, dtype=dtype)
+    return (*outputs, gates, c, states, peaks, transposed)
 
 
 @_operator
@@ -319,6 +323,7 @@ def siamese_bwd(
     c: Tensor,
     states: Tensor,
     peaks: Tensor,
+    transposed: Tensor,
     scale: float,
     steps: int,
     pooling: str,
@@ -329,26 +334,25 @@ def siamese_bwd(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of x (empty unless need_dx), weights, bias and a learned scale."""
-    factor: Tensor | float = scale if learned_scale is None else learned_scale.to(sim.dtype)
-    # what reaches L1 of a pair, from the similarity and from L1 itself
-    dpair = None if dsim is None else dsim * sim * -factor
-    if ddistance is not None:
-        dpair = ddistance if dpair is None else dpair + ddistance
-    if learned_scale is None:
-        dscale = sim.new_empty(0)
-    elif dsim is None:
+    dscale = sim.new_empty(0)
+    if learned_scale is not None:
         dscale = sim.new_zeros(1)
-    else:
-        dscale = -(dsim * sim * distance).sum().reshape(1)
+        if dsim is not None:
+            dsim = dsim * -sim
+            dscale = (dsim * distance).sum().reshape(1)
+            dpair = dsim * learned_scale.to(sim.dtype)
+            ddistance = dpair if ddistance is None else ddistance + dpair
+            dsim = None
+    of_pairs = OfPairs(dsim, sim, scale, ddistance)
     of_layer = x, ids, lengths, mask, weight_ih, weight_hh
     how = steps, pooling, need_dx, allow_tf32, cell, backend
     # the forward's dtypes hold, also where backward is called under autocast
     with torch.autocast(x.device.type, enabled=False):
         if recompute:
-            grads = _layer.gradients_in_parts(dpair, dh, doutputs, *of_layer, bias, h, *how)
+            grads = _layer.gradients_in_parts(of_pairs, dh, doutputs, *of_layer, bias, h, *how)
         else:
             saved = Saved(gates, c, states, peaks)
-            grads = _layer.gradients(dpair, dh, doutputs, *of_layer, h, saved, *how)
+            grads = _layer.gradients(of_pairs, dh, doutputs, *of_layer, h, saved, transposed, *how)
     return *grads, dscale
 
 
@@ -373,6 +377,7 @@ def _(
     c: Tensor,
     states: Tensor,
     peaks: Tensor,
+    transposed: Tensor,
     scale: float,
     steps: int,
     pooling: str,

@@ -37,6 +37,22 @@ class Saved(NamedTuple):
     )
 
 
+class OfPairs(NamedTuple):
+    """What reaches the pairs' L1: dsim * similarity * -scale, and dpair; nothing without both."""
+
+    dsim: Tensor | None  # [B]
+    similarity: Tensor  # [B]
+    scale: float
+    dpair: Tensor | None  # [B]
+
+    def total(self) -> Tensor | None:
+        """Return their sum, [B]."""
+        if self.dsim is None:
+            return self.dpair
+        dpair = self.dsim * self.similarity * -self.scale
+        return dpair if self.dpair is None else self.dpair + dpair
+
+
 class Seen(NamedTuple):
     """What becomes of a block's hidden states besides; None where it is not wanted."""
 

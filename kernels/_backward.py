@@ -115,10 +115,13 @@ def _upstream(
 
 @triton.jit
 def _vector_gradient(
+    dsim_ptr,
+    similarity_ptr,
     dpair_ptr,
     dvectors_ptr,
     vectors_ptr,
     peaks_ptr,
+    scale,
     seq,
     other,
     live,
@@ -128,6 +131,7 @@ def _vector_gradient(
     H,
     DIRECTIONS: tl.constexpr,
     POOLING: tl.constexpr,
+    HAS_DSIM: tl.constexpr,
     HAS_DPAIR: tl.constexpr,
     HAS_DVECTORS: tl.constexpr,
 ):
@@ -137,12 +141,17 @@ def _vector_gradient(
     dv = tl.zeros(inside.shape, tl.float32)
     if HAS_DVECTORS:
         dv += _load_cells_where(dvectors_ptr + offs, inside, 7)
-    if HAS_DPAIR:
+    if HAS_DSIM or HAS_DPAIR:
+        pair = tl.minimum(seq, other)
+        dpair = tl.zeros(pair.shape, tl.float32)
+        if HAS_DSIM:
+            dpair += tl.load(dsim_ptr + pair) * tl.load(similarity_ptr + pair) * -scale
+        if HAS_DPAIR:
+            dpair += tl.load(dpair_ptr + pair)
         offs_other = (_at_units(other).to(tl.int64) * DIRECTIONS + direction) * H + unit
         own = _load_cells_where(vectors_ptr + offs, inside, 7)
         its = _load_cells_where(vectors_ptr + offs_other, inside, 7)
         sign = tl.where(own > its, 1.0, tl.where(own < its, -1.0, 0.0))
-        dpair = tl.load(dpair_ptr + (tl.minimum(seq, other)))
         dv += sign * _at_units(dpair)
     dv = 0.5 * dv
     peak = tl.full(dv.shape, -1, tl.int32)
@@ -153,6 +162,9 @@ def _vector_gradient(
 
 def launch(
     kernel: Any,
+    dsim: Tensor | None,
+    similarity: Tensor,
+    scale: float,
     dpair: Tensor | None,
     dvectors: Tensor | None,
     doutputs: Tensor | None,
@@ -172,7 +184,10 @@ def launch(
 
     Args:
         kernel: of the cell. It has a pointer to each record that the cell's forward kept.
-        dpair: [B] float32 or None.
+        dsim: [B] float32 or None; it reaches L1 as dsim * similarity * -scale.
+        similarity: [B] float32.
+        scale: factor on L1.
+        dpair: [B] float32, what reaches L1 besides, or None.
         dvectors: [N, P * H] or None.
         doutputs: [N, T, P * H] or None; what stands behind a sequence's end is not read.
         vectors: [N, P * H] sentence vectors.
@@ -192,12 +207,14 @@ def launch(
     how = _tiling.arithmetic(vectors.dtype, allow_tf32, target)
     each = _tiling.programs_each(lengths, P, target)
     tile = _tiling.backward_tile(H, vectors.dtype, how, target, each)
-    paired = dpair is not None
+    paired = dsim is not None or dpair is not None
     B = N // 2 if paired else N
     order = _tiling.pair_order(lengths, B, target, P)
     words = _packing.table_dtype(vectors.dtype)
     records = {"cells_ptr": cells.view(words), "states_ptr": states}
     kernel[(_tiling.cdiv(N, tile.sequences), P)](
+        dsim_ptr=vectors if dsim is None else dsim,
+        similarity_ptr=similarity,
         dpair_ptr=vectors if dpair is None else dpair,
         dvectors_ptr=vectors if dvectors is None else dvectors,
         doutputs_ptr=vectors if doutputs is None else doutputs,
@@ -210,6 +227,7 @@ def launch(
         **{name: record for name, record in records.items() if name in kernel.arg_names},
         peaks_ptr=peaks,
         dgates_ptr=dgates,
+        scale=scale,
         B=B,
         T=steps,
         H=H,
@@ -221,7 +239,8 @@ def launch(
         DIRECTIONS=P,
         POOLING=pooling,
         PAIRED=paired,
-        HAS_DPAIR=paired,
+        HAS_DSIM=dsim is not None,
+        HAS_DPAIR=dpair is not None,
         HAS_DVECTORS=dvectors is not None,
         HAS_DOUTPUTS=doutputs is not None,
         HAS_ORDER=order is not None,

@@ -11,33 +11,43 @@ The row order is `_pack`'s.
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastsiam.kernels import _tiling
-from fastsiam.kernels._pack import pack
+from fastsiam.kernels._pack import Operand, pack, packed_shape
 from fastsiam.kernels._tiling import NARROW, block_h
 from fastsiam.kernels.weight_gradients import products_over_tokens
 
-_INPUT = (0.5, 0.5, 1.0, 0.5)  # of a pre-activation, gates i, f, g, o
-_GRADIENT = (0.25, 0.25, 0.5, 0.5)  # of a stored gate gradient
+
+class Scaling(NamedTuple):
+    """Factors of a cell's gates."""
+
+    ahead: tuple[float, ...]  # of a pre-activation
+    back: tuple[float, ...]  # of a stored gate gradient, where it gives to a weight
+
+
+# of the gates i, f, g, o
+_LSTM = Scaling((0.5, 0.5, 1.0, 0.5), (0.25, 0.25, 0.5, 0.5))
 
 
 @functools.cache
-def _factors(of_gates: tuple[float, ...], device: torch.device) -> Tensor:
-    """Return a factor a gate, [4] float32, kept on the device: only the first call copies them."""
+def _factors(scaling: Scaling, device: torch.device) -> Tensor:
+    """Return [2, 4] float32, kept on the device: only the first call copies them."""
     with torch.inference_mode(False):
-        return torch.tensor(of_gates, device=device, dtype=torch.float32)
+        return torch.tensor(scaling, device=device, dtype=torch.float32)
 
 
 def packed_shapes(
     R: int, H: int, dtype: torch.dtype, P: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the shapes of what `prepare` makes of R rows, for P directions."""
-    block, (operand, parts) = block_h(H), _forward_operand(dtype, H)
-    return (R, P, block, _words(dtype, 4)), (P, parts, 4 * block, block * operand.itemsize // 2)
+    operand = _forward_operand(dtype, H)
+    *shape, columns = packed_shape(P, 4, H, operand.parts, transposed=False)
+    return (R, P, block_h(H), _words(dtype, 4)), (*shape, columns * operand.dtype.itemsize // 2)
 
 
 def table_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -62,50 +72,66 @@ def prepare(
     weight_ih: Tensor,
     weight_hh: Tensor,
     bias: Tensor | None,
-    of_gates: tuple[float, ...] = _INPUT,
-) -> tuple[Tensor, Tensor]:
+    keep: bool,
+    allow_tf32: bool,
+    scaling: Scaling = _LSTM,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Project the rows of x, [R, D], to gates; return them and the bits of weight_hh for `a + W h`.
 
-    The shapes are `packed_shapes`.
+    The shapes are `packed_shapes`. With `keep` the bits of weight_hh for the backward, too, in
+    `transposed_shape`.
     """
-    factors = _factors(of_gates, x.device)
-    H = weight_hh.shape[2]
-    packed_ih, weight, packed_bias = pack(
-        weight_ih, weight_hh, bias, factors, False, *_forward_operand(x.dtype, H)
+    P, _, H = weight_hh.shape
+    packed_ih, packed_bias, weight, transposed = pack(
+        weight_ih,
+        weight_hh,
+        bias,
+        _factors(scaling, x.device),
+        _forward_operand(x.dtype, H),
+        _backward_operand(x.device, x.dtype, H, allow_tf32) if keep else None,
     )
     columns = packed_ih.flatten(0, 1).T
     table = x @ columns if bias is None else torch.addmm(packed_bias.flatten(), x, columns)
-    shape, _ = packed_shapes(x.shape[0], H, x.dtype, len(weight_hh))
-    return table.view(table_dtype(x.dtype)).view(shape), weight.view(torch.int16)
+    shape, _ = packed_shapes(x.shape[0], H, x.dtype, P)
+    return (
+        table.view(table_dtype(x.dtype)).view(shape),
+        weight.view(torch.int16),
+        transposed.view(_bits(transposed.dtype)),
+    )
 
 
-def _forward_operand(dtype: torch.dtype, H: int) -> tuple[torch.dtype, int]:
-    """Return the dtype of the packed weight's elements and the parts of each.
+def transposed_shape(weight_hh: Tensor, allow_tf32: bool) -> tuple[tuple[int, ...], torch.dtype]:
+    """Return shape and dtype of what `prepare` keeps of weight_hh for the backward."""
+    P, rows, H = weight_hh.shape
+    operand = _backward_operand(weight_hh.device, weight_hh.dtype, H, allow_tf32)
+    return packed_shape(P, rows // H, H, operand.parts, transposed=True), _bits(operand.dtype)
 
-    Of float32 there are two whatever the precision, where one program has them all: a kernel that
-    wants tf32 reads the first.
+
+def _forward_operand(dtype: torch.dtype, H: int) -> Operand:
+    """Return how the forward has weight_hh.
+
+    Of float32 there are two parts whatever the precision, where one program has them all: a kernel
+    that wants tf32 reads the first.
     """
-    return (torch.float16, 2) if dtype == torch.float32 and H <= NARROW else (dtype, 1)
+    if dtype == torch.float32 and H <= NARROW:
+        return Operand(torch.float16, 2)
+    return Operand(dtype, 1)
 
 
-def pack_backward(
-    weight_ih: Tensor | None,
-    weight_hh: Tensor,
-    allow_tf32: bool,
-    of_gates: tuple[float, ...] = _GRADIENT,
-) -> tuple[Tensor | None, Tensor]:
-    """Return weight_ih, if given, for `weight_gradients` and the bits of weight_hh transposed."""
-    dtype, H = weight_hh.dtype, weight_hh.shape[2]
-    operand, parts = dtype, 1
-    if H <= NARROW:
-        target = _tiling.target_of(weight_hh.device)
-        how = _tiling.arithmetic(dtype, allow_tf32, target)
-        tile = _tiling.backward_tile(H, dtype, how, target)
-        operand, parts = tile.operand, tile.parts
-    factors = _factors(of_gates, weight_hh.device)
-    packed_ih, weight, _ = pack(weight_ih, weight_hh, None, factors, True, operand, parts)
-    bits = weight.view(torch.int32 if operand == torch.float32 else torch.int16)
-    return None if weight_ih is None else packed_ih, bits
+def _backward_operand(
+    device: torch.device, dtype: torch.dtype, H: int, allow_tf32: bool
+) -> Operand:
+    """Return how the backward has it."""
+    if H > NARROW:
+        return Operand(dtype, 1)
+    target = _tiling.target_of(device)
+    how = _tiling.arithmetic(dtype, allow_tf32, target)
+    tile = _tiling.backward_tile(H, dtype, how, target)
+    return Operand(tile.operand, tile.parts)
+
+
+def _bits(dtype: torch.dtype) -> torch.dtype:
+    return torch.int32 if dtype == torch.float32 else torch.int16
 
 
 def token_rows(
@@ -143,12 +169,11 @@ def weight_gradients(
     x: Tensor,
     ids: Tensor | None,
     lengths: Tensor,
-    packed_ih: Tensor | None,
-    H: int,
+    weight_ih: Tensor | None,
+    weight_hh: Tensor,
     steps: int,
     allow_tf32: bool,
-    of_gates: tuple[float, ...] = _GRADIENT,
-    gates: int = 4,
+    scaling: Scaling = _LSTM,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Turn the kernel's gate gradients into gradients of the weights and of x.
 
@@ -156,23 +181,23 @@ def weight_gradients(
         dgates, states: see `record_shapes`; states are 2h.
         x, ids: the rows and ids that the forward projected, as given to the operator.
         lengths: [N].
-        packed_ih: of `pack_backward`, or None where the gradient of x is not wanted.
-        H: hidden size.
+        weight_ih: [P, gates * H, D], or None where the gradient of x is not wanted.
+        weight_hh: [P, gates * H, H].
         steps: T.
         allow_tf32: whether float32 products may be rounded to tf32.
-        of_gates: what a stored gate gradient counts, gate by gate.
-        gates: of the weights, 4, or 3 in a GRU's.
 
     Returns:
         dx (like x, or empty), dweight_ih [P, gates * H, D], dweight_hh [P, gates * H, H], dbias
         [P, 4H].
     """
-    factors = _factors(of_gates, x.device)
+    _, rows, H = weight_hh.shape
+    factors = _factors(scaling, x.device)[1]
     of_weights = products_over_tokens(
-        dgates, states, x, ids, lengths, factors, H, gates, steps, allow_tf32
+        dgates, states, x, ids, lengths, factors, H, rows // H, steps, allow_tf32
     )
     dx = x.new_empty(0)
-    if packed_ih is not None:
+    if weight_ih is not None:
+        packed_ih = pack(weight_ih, weight_hh, None, factors)[0]
         dx = _input_gradient(dgates.flatten(2), packed_ih, x, ids, lengths, steps)
     return dx, *of_weights
 

@@ -65,7 +65,10 @@ def _cell_gradients(d, dc, i, f, g, h_by_o, h_by_c, c_before):
 @triton.jit(do_not_specialize=["B", "T", "H", "zero"])
 def _siamese_bwd_kernel(
     # P is the number of directions
-    dpair_ptr,  # [B] float32 gradient of the L1 of a pair (HAS_DPAIR)
+    # gradient of the L1 of a pair: dsim * similarity * -scale (HAS_DSIM) and dpair (HAS_DPAIR)
+    dsim_ptr,  # [B] float32
+    similarity_ptr,  # [B] float32
+    dpair_ptr,  # [B] float32
     dvectors_ptr,  # [N, P, H] gradient of the sentence vectors (HAS_DVECTORS)
     doutputs_ptr,  # [N, T, P, H] gradient of all states, by token (HAS_DOUTPUTS)
     vectors_ptr,  # [N, P, H] sentence vectors
@@ -78,6 +81,7 @@ def _siamese_bwd_kernel(
     cells_ptr,  # [P, N, T + 1, BLOCK_H, 2]
     peaks_ptr,  # [N, P, H] step of the maximum (POOLING "max")
     dgates_ptr,  # [P, N, T + 1, BLOCK_H, 4] out: gate gradients
+    scale,  # factor on L1 (HAS_DSIM)
     B,  # pairs; sequences where not PAIRED
     T,
     H,
@@ -93,6 +97,7 @@ def _siamese_bwd_kernel(
     DIRECTIONS: tl.constexpr,  # P, 1 or 2: axis 1 of the grid
     POOLING: tl.constexpr,  # "last", "mask" or "max"
     PAIRED: tl.constexpr,
+    HAS_DSIM: tl.constexpr,
     HAS_DPAIR: tl.constexpr,
     HAS_DVECTORS: tl.constexpr,
     HAS_DOUTPUTS: tl.constexpr,
@@ -143,10 +148,13 @@ def _siamese_bwd_kernel(
 
     inside = unit_apart < H
     dv, peak = _vector_gradient(
+        dsim_ptr,
+        similarity_ptr,
         dpair_ptr,
         dvectors_ptr,
         vectors_ptr,
         peaks_ptr,
+        scale,
         seq,
         other,
         live,
@@ -156,6 +164,7 @@ def _siamese_bwd_kernel(
         H,
         DIRECTIONS,
         POOLING,
+        HAS_DSIM,
         HAS_DPAIR,
         HAS_DVECTORS,
     )
@@ -237,9 +246,9 @@ def _siamese_bwd_kernel(
             largest = tl.maximum(
                 tl.maximum(tl.abs(di), tl.abs(df)), tl.maximum(tl.abs(dg), tl.abs(do))
             )
-            scale, unscale = _scales(largest)
-            x_if *= tl.expand_dims(scale, 7)
-            x_go *= tl.expand_dims(scale, 7)
+            rescale, unscale = _scales(largest)
+            x_if *= tl.expand_dims(rescale, 7)
+            x_go *= tl.expand_dims(rescale, 7)
         x_if = _as_operand(x_if, BLOCK_H, BLOCK_N, ASSEMBLY)
         x_go = _as_operand(x_go, BLOCK_H, BLOCK_N, ASSEMBLY)
         x_if, low_x_if = _parts(x_if, OPERAND, PARTS, WIDEN)

@@ -32,7 +32,10 @@ from fastsiam.kernels._math import (
 @triton.jit(do_not_specialize=["B", "T", "H", "zero"])
 def _siamese_gru_bwd_kernel(
     # P is the number of directions
-    dpair_ptr,  # [B] float32 gradient of the L1 of a pair (HAS_DPAIR)
+    # gradient of the L1 of a pair: dsim * similarity * -scale (HAS_DSIM) and dpair (HAS_DPAIR)
+    dsim_ptr,  # [B] float32
+    similarity_ptr,  # [B] float32
+    dpair_ptr,  # [B] float32
     dvectors_ptr,  # [N, P, H] gradient of the sentence vectors (HAS_DVECTORS)
     doutputs_ptr,  # [N, T, P, H] gradient of all states, by token (HAS_DOUTPUTS)
     vectors_ptr,  # [N, P, H] sentence vectors
@@ -46,6 +49,7 @@ def _siamese_gru_bwd_kernel(
     states_ptr,  # [P, N, T + 1, BLOCK_H], not as words
     peaks_ptr,  # [N, P, H] step of the maximum (POOLING "max")
     dgates_ptr,  # [P, N, T + 1, BLOCK_H, 4] out: gate gradients
+    scale,  # factor on L1 (HAS_DSIM)
     B,  # pairs; sequences where not PAIRED
     T,
     H,
@@ -61,6 +65,7 @@ def _siamese_gru_bwd_kernel(
     DIRECTIONS: tl.constexpr,  # P, 1 or 2: axis 1 of the grid
     POOLING: tl.constexpr,  # "last", "mask" or "max"
     PAIRED: tl.constexpr,
+    HAS_DSIM: tl.constexpr,
     HAS_DPAIR: tl.constexpr,
     HAS_DVECTORS: tl.constexpr,
     HAS_DOUTPUTS: tl.constexpr,
@@ -107,10 +112,13 @@ def _siamese_gru_bwd_kernel(
 
     inside = unit_apart < H
     dv, peak = _vector_gradient(
+        dsim_ptr,
+        similarity_ptr,
         dpair_ptr,
         dvectors_ptr,
         vectors_ptr,
         peaks_ptr,
+        scale,
         seq,
         other,
         live,
@@ -120,6 +128,7 @@ def _siamese_gru_bwd_kernel(
         H,
         DIRECTIONS,
         POOLING,
+        HAS_DSIM,
         HAS_DPAIR,
         HAS_DVECTORS,
     )
@@ -209,9 +218,9 @@ def _siamese_gru_bwd_kernel(
         x_rz, x_y = d_rz, d_y
         if SCALED:
             largest = tl.maximum(tl.maximum(tl.abs(dr), tl.abs(dz)), tl.abs(d_y))
-            scale, unscale = _scales(largest)
-            x_rz *= tl.expand_dims(scale, 7)
-            x_y *= scale
+            rescale, unscale = _scales(largest)
+            x_rz *= tl.expand_dims(rescale, 7)
+            x_y *= rescale
         x_rz = _as_operand(x_rz, BLOCK_H, BLOCK_N, ASSEMBLY)
         x_y = _as_accumulator(x_y, BLOCK_H, BLOCK_N)
         x_rz, low_x_rz = _parts(x_rz, OPERAND, PARTS, WIDEN)

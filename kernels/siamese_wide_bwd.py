@@ -32,7 +32,10 @@ from fastsiam.kernels.siamese_bwd import _cell_gradients, _load_states, _states
 @triton.jit(do_not_specialize=["begin", "end", "tiles", "B", "T", "H", "zero"])
 def _siamese_wide_bwd_kernel(
     # P is the number of directions, S that of slots: the columns of all tiles
-    dpair_ptr,  # [B] float32 gradient of the L1 of a pair (HAS_DPAIR)
+    # gradient of the L1 of a pair: dsim * similarity * -scale (HAS_DSIM) and dpair (HAS_DPAIR)
+    dsim_ptr,  # [B] float32
+    similarity_ptr,  # [B] float32
+    dpair_ptr,  # [B] float32
     dvectors_ptr,  # [N, P, H] gradient of the sentence vectors (HAS_DVECTORS)
     doutputs_ptr,  # [N, T, P, H] gradient of all states, by token (HAS_DOUTPUTS)
     vectors_ptr,  # [N, P, H] sentence vectors
@@ -47,6 +50,7 @@ def _siamese_wide_bwd_kernel(
     dgates_ptr,  # [P, N, T + 1, BLOCK_H, 4] in, out: gate gradients
     carried_dc_ptr,  # [P, S, BLOCK_H] float32 in, out: twice the cell's gradient (not RESIDENT)
     arrived_ptr,  # [tiles, P] in, out: parts of steps that are done, 0 at first (RESIDENT)
+    scale,  # factor on L1 (HAS_DSIM)
     begin,  # the step at which this launch ends its way back; 0 where RESIDENT
     end,  # the one behind that at which it begins; T where RESIDENT
     tiles,
@@ -64,6 +68,7 @@ def _siamese_wide_bwd_kernel(
     DIRECTIONS: tl.constexpr,  # P, 1 or 2: axis 1 of the grid
     POOLING: tl.constexpr,  # "last", "mask" or "max"
     PAIRED: tl.constexpr,
+    HAS_DSIM: tl.constexpr,
     HAS_DPAIR: tl.constexpr,
     HAS_DVECTORS: tl.constexpr,
     HAS_DOUTPUTS: tl.constexpr,
@@ -126,10 +131,13 @@ def _siamese_wide_bwd_kernel(
         if POOLING == "last":
             reached = reached & (last >= begin) & (last < behind)
         dv, peak = _vector_gradient(
+            dsim_ptr,
+            similarity_ptr,
             dpair_ptr,
             dvectors_ptr,
             vectors_ptr,
             peaks_ptr,
+            scale,
             seq,
             other,
             reached,
@@ -139,6 +147,7 @@ def _siamese_wide_bwd_kernel(
             H,
             DIRECTIONS,
             POOLING,
+            HAS_DSIM,
             HAS_DPAIR,
             HAS_DVECTORS,
         )
@@ -206,6 +215,9 @@ def _siamese_wide_bwd_kernel(
 
 
 def siamese_wide_bwd(
+    dsim: Tensor | None,
+    similarity: Tensor,
+    scale: float,
     dpair: Tensor | None,
     dvectors: Tensor | None,
     doutputs: Tensor | None,
@@ -233,7 +245,7 @@ def siamese_wide_bwd(
     precision = _tiling.product_precision(dtype, allow_tf32, target)
     tile = _tiling_wide.backward_tile(N, P, H, dtype, precision, target, multiprocessors)
     tiles = _tiling.cdiv(N, tile.sequences)
-    paired = dpair is not None
+    paired = dsim is not None or dpair is not None
     B = N // 2 if paired else N
     order = _tiling.longest_first(lengths, B) if tiles > 1 else None
     words = _packing.table_dtype(dtype)
@@ -244,6 +256,8 @@ def siamese_wide_bwd(
     arrived = torch.zeros(tiles, P, device=vectors.device, dtype=torch.int32)
     for begin, end in reversed(tile.launches(steps)):
         _siamese_wide_bwd_kernel[(min(tile.groups, tiles), P, block // tile.units)](
+            dsim_ptr=vectors if dsim is None else dsim,
+            similarity_ptr=similarity,
             dpair_ptr=vectors if dpair is None else dpair,
             dvectors_ptr=vectors if dvectors is None else dvectors,
             doutputs_ptr=vectors if doutputs is None else doutputs,
@@ -258,6 +272,7 @@ def siamese_wide_bwd(
             dgates_ptr=dgates,
             carried_dc_ptr=carried_dc,
             arrived_ptr=arrived,
+            scale=scale,
             begin=begin,
             end=end,
             tiles=tiles,
@@ -275,7 +290,8 @@ def siamese_wide_bwd(
             DIRECTIONS=P,
             POOLING=pooling,
             PAIRED=paired,
-            HAS_DPAIR=paired,
+            HAS_DSIM=dsim is not None,
+            HAS_DPAIR=dpair is not None,
             HAS_DVECTORS=dvectors is not None,
             HAS_DOUTPUTS=doutputs is not None,
             HAS_ORDER=order is not None,

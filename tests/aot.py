@@ -59,16 +59,22 @@ PLAIN_FWD = COMMON | {
     "STORE_RECORDS": False,
     "STORE_OUTPUTS": False,
 }
-PLAIN_BWD = COMMON | {"HAS_DPAIR": True, "HAS_DVECTORS": False, "HAS_DOUTPUTS": False}
+PLAIN_BWD = COMMON | {
+    "HAS_DSIM": True,
+    "HAS_DPAIR": False,
+    "HAS_DVECTORS": False,
+    "HAS_DOUTPUTS": False,
+}
 TRAIN = PLAIN_FWD | {"STORE_RECORDS": True}
-ENCODE_BWD = PLAIN_BWD | {"PAIRED": False, "HAS_DPAIR": False, "HAS_DVECTORS": True}
+ENCODE_BWD = PLAIN_BWD | {"PAIRED": False, "HAS_DSIM": False, "HAS_DVECTORS": True}
 PACK = {
     "COLUMNS": COLUMNS,
     "GATES": 4,
-    "TRANSPOSED": False,
     "BY_UNIT": False,
     "HAS_INPUT": True,
     "HAS_BIAS": True,
+    "AHEAD": True,
+    "BACK": False,
 }
 SUM_TOKENS = {
     "ROWS": weight_gradients.ROWS,
@@ -133,12 +139,10 @@ KERNELS = {
     # without a loop
     "score": (_score_kernel, {"PAIRED": True, "HAS_LEARNED_SCALE": True, "BLOCK_F": 512}),
     "pack": (_pack_kernel, PACK),
-    "pack_transposed": (_pack_kernel, PACK | {"TRANSPOSED": True, "HAS_BIAS": False}),
+    "pack_train": (_pack_kernel, PACK | {"BACK": True}),
     "pack_gru": (_pack_kernel, PACK | {"GATES": 3}),
-    "pack_gru_transposed": (
-        _pack_kernel,
-        PACK | {"GATES": 3, "TRANSPOSED": True, "HAS_BIAS": False},
-    ),
+    "pack_gru_train": (_pack_kernel, PACK | {"GATES": 3, "BACK": True}),
+    "pack_input": (_pack_kernel, PACK | {"HAS_BIAS": False, "AHEAD": False}),
     "collect": (weight_gradients._collect_kernel, COLLECT),
     "collect_gru": (weight_gradients._collect_kernel, COLLECT | {"GATES": 3}),
     # its loop is over tokens
@@ -232,9 +236,10 @@ WAITING_BARRIERS = 5
 # kernels of whole layers, without a step loop, and their warps
 LAYERS = {
     "pack": WARPS,
-    "pack_transposed": WARPS,
+    "pack_train": WARPS,
     "pack_gru": WARPS,
-    "pack_gru_transposed": WARPS,
+    "pack_gru_train": WARPS,
+    "pack_input": WARPS,
     "collect": weight_gradients.WARPS,
     "collect_gru": weight_gradients.WARPS,
     "weight_gradients": weight_gradients.WARPS,
@@ -343,6 +348,7 @@ def compile_job(job: Job) -> Any:
     half = element != "*fp32"
     words = "*i32" if half else "*fp32"
     backward = "_bwd" in job.kernel
+    operand = f"*{in_triton(job.tile.operand)}"
     types = {
         "table_ptr": words,
         "weight_ptr": "*i16" if job.tile.operand.itemsize == 2 else "*i32",
@@ -366,6 +372,8 @@ def compile_job(job: Job) -> Any:
         "bias_ptr": element,
         "dbias_ptr": element,
         "packed_bias_ptr": element,
+        "ahead_ptr": operand,
+        "back_ptr": operand,
         "scale": "fp32",
     }
     constants = {
@@ -375,6 +383,8 @@ def compile_job(job: Job) -> Any:
         "STREAM": job.tile.stream,
         "OPERAND": in_triton(job.tile.operand),
         "PARTS": job.tile.parts,
+        "AHEAD_PARTS": job.tile.parts,
+        "BACK_PARTS": job.tile.parts,
         "PRECISION": precision(job.dtype, job.target),
         "UNITS": math.gcd(job.tile.block_h, UNITS),
         "SLICE": job.tile.block_h,

@@ -24,8 +24,9 @@ def launch(steps):
     ids = torch.zeros(N, steps, device=DEVICE, dtype=torch.int32)
     ids[:, :4] = torch.randint(V, (N, 4), device=DEVICE, dtype=torch.int32)
     lengths = torch.tensor([4, 2, 3], device=DEVICE)
-    table, weight = _packing.prepare(x, weight_ih, weight_hh, None)
-    _, transposed = _packing.pack_backward(None, weight_hh, False)
+    table, weight, transposed = _packing.prepare(
+        x, weight_ih, weight_hh, None, keep=True, allow_tf32=False
+    )
     # H, steps, pooling, paired, allow_tf32, dtype
     how = (H, steps, "last", False, False, dtype)
     _, _, vectors, _, gates, cells, states, peaks = siamese_fwd(
@@ -33,12 +34,12 @@ def launch(steps):
     )
     dvectors = torch.randn_like(vectors)
     dgates = siamese_bwd(
-        None, dvectors, None, vectors, transposed, lengths, None, gates, cells, states, peaks,
-        steps, "last", False,
+        None, vectors, 1.0, None, dvectors, None, vectors, transposed, lengths, None, gates, cells,
+        states, peaks, steps, "last", False,
     )  # fmt: skip
     largest = max(t.numel() for t in (gates, cells, states, dgates))
     gradients = _packing.weight_gradients(
-        dgates, states, x, ids, lengths, None, H, steps, allow_tf32=False
+        dgates, states, x, ids, lengths, None, weight_hh, steps, allow_tf32=False
     )
     # a step goes from a row of the records to the next one
     row = torch.arange(5, device=DEVICE).view(1, 5, 1)
