@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import platform
 from importlib.machinery import EXTENSION_SUFFIXES
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,9 +43,11 @@ class _Layer(ctypes.Structure):
         *((name, _POINTER) for name in ("table", "ids", "places", "mask")),
         *((name, _POINTER) for name in ("vectors", "outputs", "peaks")),
         *((name, _POINTER) for name in ("gates", "before_h", "before_c")),
-        ("first", _INTEGER),
-        ("last", _INTEGER),
-        *((name, _POINTER) for name in ("dvectors", "upstream", "dgates")),
+        ("count", _INTEGER),
+        ("blocks", _POINTER),
+        ("largest", _INTEGER),
+        *((name, _POINTER) for name in ("rows", "dvectors", "upstream")),
+        *((name, _POINTER) for name in ("dgates", "dtable", "h_by_gates")),
     ]
 
 
@@ -94,7 +97,6 @@ def _open(file: Path) -> tuple[ctypes.CDLL | None, str]:
             ("lay_out", 4, 2),
             ("project", 5, 5),
             ("accumulate", 4, 4),
-            ("scatter", 3, 3),
         ):
             function = getattr(library, name)
             function.argtypes = [_INTEGER] * integers + [_POINTER] * tensors
@@ -220,25 +222,33 @@ def backward(
     cell: str,
     batch: Batch,
     p: int,
-    tiles: tuple[int, int],
+    blocks: list[int],
     weight: Tensor,
     saved: tuple[Tensor | None, ...],
     dvectors: Tensor | None,
     upstream: Tensor | None,
-    dgates: Tensor,
+    rows: Tensor | None,
+    dtable: Tensor,
+    h_by_gates: Tensor,
 ) -> None:
-    """Fill `dgates` for the tokens of some tiles, whose packed rows it begins with.
+    """Run direction p back, and add up the gradients of the gates.
 
     Args:
-        tiles: from which one, to before which one.
+        blocks: tiles at which parts begin whose gradients are summed up together, and the last end.
         weight: from `panels`.
-        saved: as the forward filled them, from the first of these tiles on.
+        saved: as the forward filled them.
         dvectors: [N, P * H] what reaches the last hidden states, or None.
-        upstream: [m, H] what else reaches the hidden states, or None.
-        dgates: [m, 4H].
+        upstream: [M, H] what else reaches the hidden states, or None.
+        rows: [M] row of dtable that each packed token has; None: its own.
+        dtable: [., 4H], added to.
+        h_by_gates: [H, 4H] product of the states before the tokens and the gradients, added to.
     """
-    H = dgates.shape[1] // 4
-    work = _work(batch, dgates, H)
+    H = h_by_gates.shape[0]
+    work = _work(batch, dtable, H)
+    starts = batch.starts.tolist()
+    largest = max((starts[b] - starts[a] for a, b in pairwise(blocks)), default=0)
+    tiles = batch.starts.new_tensor(blocks)
+    dgates = None if rows is None else dtable.new_empty(2, largest, 4 * H)
     layer = _layer(
         batch,
         p,
@@ -246,11 +256,15 @@ def backward(
         columns=0 if dvectors is None else dvectors.shape[1],
         panels=weight,
         work=work,
-        first=tiles[0],
-        last=tiles[1],
+        count=len(blocks) - 1,
+        blocks=tiles,
+        largest=largest,
+        rows=rows,
         dvectors=_columns(dvectors, p * H),
         upstream=upstream,
         dgates=dgates,
+        dtable=dtable,
+        h_by_gates=h_by_gates,
         **dict(zip(("gates", "before_h", "before_c"), saved, strict=True)),
     )
     getattr(_library(), f"{cell}_backward")(layer)
@@ -277,11 +291,6 @@ def accumulate(a: Tensor, b: Tensor, rows: Tensor | None, total: Tensor) -> None
     """Add a.T @ b[rows] to total, [M, N]: a [K, M], b [., N]; None: all rows in order."""
     sizes = *a.shape, b.shape[1], torch.get_num_threads()
     _library().accumulate(*sizes, *map(_pointer, (a, b, rows, total)))
-
-
-def scatter(a: Tensor, rows: Tensor, total: Tensor) -> None:
-    """Add the rows of a, [K, M], to rows of total."""
-    _library().scatter(*a.shape, torch.get_num_threads(), *map(_pointer, (a, rows, total)))
 
 
 def _library() -> Any:

@@ -120,7 +120,7 @@ def forward(
             vectors,
             outputs if keep_outputs else None,
             peaks if peaks.numel() else None,
-            _from(gates, states, cells, p, 0) if keep else (None, None, None),
+            _from(gates, states, cells, p) if keep else (None, None, None),
         )
     return vectors, outputs, Saved(gates, cells, states, peaks)
 
@@ -164,17 +164,19 @@ def backward(
         weight = _steps.panels(how.backward_weight(weight_hh[p].float()))
         dtable = gates.new_zeros(words.shape[0], 4 * H)
         h_by_gates = gates.new_zeros(H, 4 * H)
-        for tiles, block in blocks:
-            # without ids each packed row is one of the table
-            m = block.stop - block.start
-            dgates = gates.new_empty(m, 4 * H) if ids is not None else dtable[block]
-            kept = _from(gates, states, cells, p, block.start)
-            upstream = reached.rows(tokens[block])
-            _steps.backward(cell, batch, p, tiles, weight, kept, last, upstream, dgates)
-            # this way round more of the registers are filled
-            _steps.accumulate(states[p, block], dgates, None, h_by_gates)
-            if ids is not None:
-                _steps.scatter(dgates, rows[block], dtable)
+        _steps.backward(
+            cell,
+            batch,
+            p,
+            blocks,
+            weight,
+            _from(gates, states, cells, p),
+            last,
+            reached.rows(tokens),
+            None if ids is None else rows,
+            dtable,
+            h_by_gates,
+        )
         gates_by_x = gates.new_zeros(4 * H, x.shape[1])
         _steps.accumulate(dtable, *_float_rows(x, words), gates_by_x)
         if need_dx:
@@ -191,19 +193,21 @@ def _float_rows(x: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor | None]:
     return (x if rows is None else x.index_select(0, rows)).float().contiguous(), None
 
 
-def _from(
-    gates: Tensor, states: Tensor, cells: Tensor, p: int, row: int
-) -> tuple[Tensor | None, ...]:
-    """Return what is kept of direction p from a packed row on."""
-    return gates[p, row:], states[p, row:], cells[p, row:] if cells.ndim == 3 else None
+def _from(gates: Tensor, states: Tensor, cells: Tensor, p: int) -> tuple[Tensor | None, ...]:
+    """Return what is kept of direction p."""
+    return gates[p], states[p], cells[p] if cells.ndim == 3 else None
 
 
-def _blocks(starts: list[int]) -> Iterator[tuple[tuple[int, int], slice]]:
-    """Cut into equal parts of about BLOCK tokens: tiles, from and to, and their packed rows."""
+def _blocks(starts: list[int]) -> Iterator[int]:
+    """Cut tiles, which begin at these packed rows, into equal parts of about BLOCK rows.
+
+    Yields the tiles at which parts begin, and where the last one ends.
+    """
+    yield 0
     total = starts[-1]
     count = max(1, total // BLOCK)
     first = part = 0
     for last, end in enumerate(starts):
         if end > starts[first] and end * count >= total * (part + 1):
-            yield (first, last), slice(starts[first], end)
+            yield last
             first, part = last, end * count // total

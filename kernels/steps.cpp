@@ -356,11 +356,16 @@ struct Layer {
     float* gates;     // [., 4H]
     float* before_h;  // [., H]
     float* before_c;  // [., H]
-    // backward: of the tiles from `first` to before `last`, whose packed rows these begin with
-    int64_t first, last;
+    // backward
+    int64_t count;          // of blocks, whose gradients of gates are summed up together
+    const int64_t* blocks;  // [count + 1] tile where each block begins and the last one ends
+    int64_t largest;        // packed rows of a block
+    const int64_t* rows;    // [M] row of the table that each packed token has; null: its own
     const float* dvectors;  // [N, H]
-    const float* upstream;  // [., H] what else reaches each h
-    float* dgates;          // [., 4H]
+    const float* upstream;  // [M, H] what else reaches each h
+    float* dgates;          // [2, largest, 4H] of two blocks, where there are `rows`
+    float* dtable;          // [., 4H] out: what the rows of the table get is added
+    float* h_by_gates;      // [H, 4H] out: the product of states and gradients of gates is added
 };
 
 namespace {
@@ -371,10 +376,18 @@ constexpr float UNIT = 2.0f;  // true size of a unit of h
 
 int64_t tiles(const Layer& layer) { return (layer.N + layer.tile - 1) / layer.tile; }
 
-int threads_for(const Layer& layer, int64_t first, int64_t last) {
-    int64_t tokens = layer.starts[last] - layer.starts[first];
-    int64_t worth = 1 + tokens * layer.H * layer.H * 4 / WORTH;
-    return static_cast<int>(least(layer.threads, least(last - first, worth)));
+int threads_for(const Layer& layer) {
+    int64_t worth = 1 + layer.starts[tiles(layer)] * layer.H * layer.H * 4 / WORTH;
+    return static_cast<int>(least(layer.threads, least(tiles(layer), worth)));
+}
+
+// What a thread of a parallel region has of `layer.work`.
+float* own_work(const Layer& layer) {
+    int64_t thread = 0;
+#ifdef _OPENMP
+    thread = omp_get_thread_num();
+#endif
+    return &layer.work[thread * layer.tile * 7 * layer.H];
 }
 
 // Where the token of a sequence stands that is read at a step in own time.
@@ -467,9 +480,9 @@ void forward_tile(const Layer& layer, int64_t number, float* work) {
         }
 }
 
-// `work` has a tile's gradients of states, 2H.
+// `work` has a tile's gradients of states, 2H; `dgates` begins with the packed row `begin`.
 template <class Cell>
-void backward_tile(const Layer& layer, int64_t number, float* work) {
+void backward_tile(const Layer& layer, int64_t number, int64_t begin, float* dgates, float* work) {
     const Tile tile(layer, number);
     const int64_t H = layer.H, size = layer.tile * H;
     const Panels right = {layer.panels, (4 - Cell::SKIPPED) * H, H};
@@ -481,41 +494,54 @@ void backward_tile(const Layer& layer, int64_t number, float* work) {
             dh[n * H + j] =
                 layer.dvectors ? layer.dvectors[tile.order[n] * layer.columns + j] : 0.0f;
         }
-    int64_t row = layer.starts[number + 1] - layer.starts[layer.first];
+    int64_t row = layer.starts[number + 1];
     for (int64_t step = tile.length(0); step-- > 0;) {
         const int64_t rows = tile.alive(step);
         row -= rows;
         const float *start[TILE], *left[TILE];
         for (int64_t n = 0; n < rows; n++) {
             start[n] = &dh[n * H];
-            left[n] = &layer.dgates[(row + n) * 4 * H + Cell::SKIPPED * H];
+            float* to = &dgates[(row - begin + n) * 4 * H];
+            left[n] = &to[Cell::SKIPPED * H];
             if (layer.upstream)
                 for (int64_t j = 0; j < H; j++)
                     dh[n * H + j] += layer.upstream[(row + n) * H + j];
             for_units<Cell::template Backward>(
                 H, &layer.gates[(row + n) * 4 * H], &layer.before_h[(row + n) * H],
-                layer.before_c ? &layer.before_c[(row + n) * H] : nullptr,
-                &layer.dgates[(row + n) * 4 * H], &dh[n * H], &dc[n * H]);
+                layer.before_c ? &layer.before_c[(row + n) * H] : nullptr, to, &dh[n * H],
+                &dc[n * H]);
         }
         if (step) multiply(left, rows, right, start, dh, H);
     }
 }
 
-// Runs `tile_of` for tiles from `first` to before `last`.
-template <class Run>
-void run(const Layer& layer, int64_t first, int64_t last, Run tile_of) {
-    if (first == last) return;
-    [[maybe_unused]] const int threads = threads_for(layer, first, last);
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        int64_t thread = 0;
-#ifdef _OPENMP
-        thread = omp_get_thread_num();
-#endif
-        float* work = &layer.work[thread * layer.tile * 7 * layer.H];
-        // the long ones come first
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t number = first; number < last; number++) tile_of(layer, number, work);
+// out += a.T @ b[rows], for the columns of one panel, from j on: a [K, M], b [., N], and K at most
+// DEPTH. Without `rows`, b in order.
+void accumulate_columns(int64_t K, int64_t M, int64_t N, int64_t j, const float* a, const float* b,
+                        const int64_t* rows, float* out) {
+    float panel[DEPTH * PANEL];
+    const int64_t columns = least(PANEL, N - j);
+    for (int64_t k = 0; k < K; k++) {
+        const float* row = &b[(rows ? rows[k] : k) * N + j];
+        if (columns == PANEL)
+            std::memcpy(&panel[k * PANEL], row, PANEL * sizeof(float));
+        else
+            for (int64_t i = 0; i < PANEL; i++)
+                panel[k * PANEL + i] = i < columns ? row[i] : 0.0f;
+    }
+    if (columns > WIDTH)
+        accumulate_panel<2>(a, M, panel, K, &out[j], N, columns);
+    else
+        accumulate_panel<1>(a, M, panel, K, &out[j], N, columns);
+}
+
+// out[rows[k]] += a[k] for all K rows of `a`, [K, M], in order: columns from j on.
+void scatter_columns(int64_t K, int64_t M, int64_t j, int64_t columns, const float* a,
+                     const int64_t* rows, float* out) {
+    for (int64_t k = 0; k < K; k++) {
+        const float* __restrict from = &a[k * M + j];
+        float* __restrict to = &out[rows[k] * M + j];
+        for (int64_t i = 0; i < columns; i++) to[i] += from[i];
     }
 }
 
@@ -611,43 +637,11 @@ extern "C" void accumulate(int64_t K, int64_t M, int64_t N, int64_t threads, con
     const int64_t panels = (N + PANEL - 1) / PANEL;
     threads = least(threads, least(panels, 1 + K * M * N / WORTH));
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t thread = 0; thread < threads; thread++) {
-        float panel[DEPTH * PANEL];
-        for (int64_t from = 0; from < K; from += DEPTH) {
-            const int64_t depth = least(DEPTH, K - from);
-            for (int64_t p = panels * thread / threads; p < panels * (thread + 1) / threads; p++) {
-                const int64_t j = p * PANEL, columns = least(PANEL, N - j);
-                for (int64_t k = 0; k < depth; k++) {
-                    const float* row = &b[(rows ? rows[from + k] : from + k) * N + j];
-                    if (columns == PANEL)
-                        std::memcpy(&panel[k * PANEL], row, PANEL * sizeof(float));
-                    else
-                        for (int64_t i = 0; i < PANEL; i++)
-                            panel[k * PANEL + i] = i < columns ? row[i] : 0.0f;
-                }
-                if (columns > WIDTH)
-                    accumulate_panel<2>(&a[from * M], M, panel, depth, &out[j], N, columns);
-                else
-                    accumulate_panel<1>(&a[from * M], M, panel, depth, &out[j], N, columns);
-            }
-        }
-    }
-}
-
-// out[rows[k]] += a[k] for all K rows of `a`, [K, M], in order.
-extern "C" void scatter(int64_t K, int64_t M, int64_t threads, const float* a, const int64_t* rows,
-                        float* out) {
-    threads = least(threads, 1 + K * M / (WORTH / 10));
-    const int64_t share = (M + threads - 1) / threads;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t j = 0; j < M; j += share) {
-        const int64_t columns = least(share, M - j);
-        for (int64_t k = 0; k < K; k++) {
-            const float* __restrict from = &a[k * M + j];
-            float* __restrict to = &out[rows[k] * M + j];
-            for (int64_t i = 0; i < columns; i++) to[i] += from[i];
-        }
-    }
+    for (int64_t thread = 0; thread < threads; thread++)
+        for (int64_t from = 0; from < K; from += DEPTH)
+            for (int64_t p = panels * thread / threads; p < panels * (thread + 1) / threads; p++)
+                accumulate_columns(least(DEPTH, K - from), M, N, p * PANEL, &a[from * M],
+                                   rows ? b : &b[from * N], rows ? &rows[from] : nullptr, out);
 }
 
 // Returns whether all ids were rows of the table; if not, nothing was done.
@@ -659,13 +653,51 @@ bool forward(const Layer& layer) {
                 int64_t id = layer.ids[n * layer.T + step];
                 if (id < 0 || id >= layer.R) return false;
             }
-    run(layer, 0, tiles(layer), forward_tile<Cell>);
+    [[maybe_unused]] const int threads = threads_for(layer);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        float* work = own_work(layer);
+        // the long ones come first
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t number = 0; number < tiles(layer); number++)
+            forward_tile<Cell>(layer, number, work);
+    }
     return true;
 }
 
+// Threads wait for each other once a block: while some are still at the sums of one, the others
+// begin with the tiles of the next, whose gradients are in the other half of `dgates`.
 template <class Cell>
 void backward(const Layer& layer) {
-    run(layer, layer.first, layer.last, backward_tile<Cell>);
+    const int64_t H = layer.H, G = 4 * H, panels = (G + PANEL - 1) / PANEL;
+    const int threads = threads_for(layer);
+    // columns of a row of the table for which a thread adds the gradients up
+    const int64_t share = (G + threads - 1) / threads, shares = layer.rows ? threads : 0;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        float* work = own_work(layer);
+        for (int64_t block = 0; block < layer.count; block++) {
+            const int64_t first = layer.blocks[block], last = layer.blocks[block + 1];
+            const int64_t begin = layer.starts[first], size = layer.starts[last] - begin;
+            const int64_t half = threads > 1 ? block % 2 : 0;
+            float* dgates = layer.rows ? &layer.dgates[half * layer.largest * G]
+                                       : &layer.dtable[begin * G];
+#pragma omp for schedule(dynamic, 1)
+            for (int64_t number = first; number < last; number++)
+                backward_tile<Cell>(layer, number, begin, dgates, work);
+#pragma omp for schedule(dynamic, 1) nowait
+            for (int64_t part = 0; part < panels + shares; part++)
+                if (part < panels)
+                    // this way round more of the registers are filled
+                    for (int64_t from = 0; from < size; from += DEPTH)
+                        accumulate_columns(least(DEPTH, size - from), H, G, part * PANEL,
+                                           &layer.before_h[(begin + from) * H], &dgates[from * G],
+                                           nullptr, layer.h_by_gates);
+                else if (int64_t j = (part - panels) * share; j < G)
+                    scatter_columns(size, G, j, least(share, G - j), dgates,
+                                    &layer.rows[begin], layer.dtable);
+        }
+    }
 }
 
 extern "C" bool lstm_forward(const Layer* layer) { return forward<Lstm>(*layer); }

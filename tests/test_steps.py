@@ -247,10 +247,6 @@ def test_products(monkeypatch, K, M, N, threads):
     _steps.accumulate(a, x[rows], None, again)
     assert torch.equal(total, again)
 
-    sums = torch.zeros(K + 5, N)
-    _steps.scatter(a, rows, sums)
-    assert torch.equal(sums, torch.zeros(K + 5, N).index_add_(0, rows, a))
-
 
 @needs_library
 @pytest.mark.skipif(len(BUILDS) < 2, reason="there is one build")
@@ -323,11 +319,9 @@ def test_word_vectors_with_gaps():
 )
 def test_blocks_of_a_backward(starts, ends):
     """Whole tiles in equal parts, and each token once."""
-    blocks = list(compiled._blocks(starts))
-    assert [block.stop for _, block in blocks] == ends
-    assert [block.start for _, block in blocks] == [0, *ends][: len(ends)]
-    for (first, last), block in blocks:
-        assert slice(starts[first], starts[last]) == block
+    tiles = list(compiled._blocks(starts))
+    assert tiles == sorted(set(tiles))
+    assert [starts[tile] for tile in tiles] == [0, *ends]
 
 
 @needs_library
