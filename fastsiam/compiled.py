@@ -179,9 +179,11 @@ def backward(
         )
         gates_by_x = gates.new_zeros(4 * H, x.shape[1])
         _steps.accumulate(dtable, *_float_rows(x, words), gates_by_x)
+        summed = gates.new_zeros(1, 4 * H)
+        _steps.accumulate(dtable.new_ones(words.shape[0], 1), dtable, None, summed)
         if need_dx:
             dx.index_add_(0, words, how.input_gradient(dtable, weight_ih[p].float()))
-        grads.append(how.weight_gradients(gates_by_x, h_by_gates.T, dtable.sum(dim=0)))
+        grads.append(how.weight_gradients(gates_by_x, h_by_gates.T, summed[0]))
     dweight_ih, dweight_hh, dbias = (stack(list(parts)) for parts in zip(*grads, strict=True))
     return dx, dweight_ih, dweight_hh, dbias
 
