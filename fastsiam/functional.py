@@ -122,7 +122,7 @@ def siamese_similarity(
     if left_mask is not None and right_mask is not None:
         mask = _join(left_mask, right_mask)
     x = _join(left, right)
-    lengths = torch.cat((left_lengths, right_lengths))
+    lengths = _stack(left_lengths, right_lengths)
     similarity, distance, _ = run(network, x, lengths, mask, embedding, scale, True)
     return -scale * distance if log else similarity
 
@@ -229,6 +229,24 @@ def _join(left: Tensor, right: Tensor) -> Tensor:
             F.pad(side, (0, 0) * (side.ndim - 2) + (0, steps - side.shape[1]))
             for side in (left, right)
         )
+    return _stack(left, right)
+
+
+def _stack(left: Tensor, right: Tensor) -> Tensor:
+    """Return both, [B, ...] each, as [2B, ...]; halves of one tensor without a copy."""
+    both = None if torch.compiler.is_compiling() else left._base
+    if (
+        both is not None
+        and both is right._base
+        and both.shape == (2, *left.shape)
+        and left.shape == right.shape
+        and both.is_contiguous()
+        and left.is_contiguous()
+        and left.storage_offset() == both.storage_offset()
+        and right.storage_offset() == both.storage_offset() + left.numel()
+        and not (left.requires_grad or right.requires_grad)
+    ):
+        return both.flatten(0, 1)
     return torch.cat((left, right))
 
 

@@ -86,9 +86,9 @@ class GraphedStep:
         # of each pair's loss in the batch's: 0 for a pair that fills the batch up
         self._shares: Tensor | None = None
         self._pairs = B
-        self._lengths = tuple(
-            torch.zeros(B, dtype=torch.int64, device=self.device) for _ in range(2)
-        )
+        # of both sides, and so the sides themselves: halves of one tensor are joined without a copy
+        lengths = torch.zeros(2, B, dtype=torch.int64, device=self.device)
+        self._lengths = lengths[0], lengths[1]
         self._sides: tuple[Tensor, ...] = ()
         self._target: Tensor | None = None
         self._done = 0
@@ -159,10 +159,14 @@ class GraphedStep:
         if target.shape != (B,):
             raise ValueError(f"GraphedStep: target must be [{B}], got {list(target.shape)}")
         if not self._sides:
-            self._sides = tuple(
+            left, right = (
                 torch.zeros((self.B, self.T, *s.shape[2:]), dtype=s.dtype, device=self.device)
                 for s in sides
             )
+            if left.shape == right.shape and left.dtype == right.dtype:
+                both = torch.stack((left, right))
+                left, right = both[0], both[1]
+            self._sides = left, right
             self._target = torch.zeros(self.B, dtype=target.dtype, device=self.device)
         assert self._target is not None
         for name, buffer, side in zip(("left", "right"), self._sides, sides, strict=True):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastsiam import SiameseGRU, SiameseLSTM
+from fastsiam import SiameseGRU, SiameseLSTM, functional
 from fastsiam.graph import WARMUP, GraphedStep, capture_obstacle, frozen_settings
 
 B, T, D, H, V = 7, 9, 5, 6, 13
@@ -277,3 +277,28 @@ def test_refusals_on_cuda():
     optimizer.param_groups[0]["lr"] = 0.05
     with pytest.raises(ValueError, match=r"lr of parameter group 0 must stay .* 0.1, got 0.05"):
         step(*batch)
+
+
+@pytest.mark.parametrize("batch", [0, 1, 3])
+def test_sides_that_are_halves_of_one_tensor(batch):
+    """They are joined without a copy, others as ever: the same to every bit."""
+    module = make_module(learn_scale=True)
+    both = torch.randint(V, (2, batch, T))
+    lengths = torch.randint(1, T + 1, (2, batch))
+    assert functional._stack(both[0], both[1]).data_ptr() == both.data_ptr()
+    wanted = module(both[0].clone(), both[1].clone(), lengths[0].clone(), lengths[1].clone())
+    assert torch.equal(module(both[0], both[1], lengths[0], lengths[1]), wanted)
+    turned = module(both[1], both[0], lengths[1], lengths[0])
+    assert torch.equal(
+        turned, module(both[1].clone(), both[0].clone(), lengths[1].clone(), lengths[0].clone())
+    )
+    twice = module(both[0], both[0], lengths[0], lengths[0])
+    assert torch.equal(twice, torch.ones_like(twice))
+
+
+def test_halves_that_require_gradients():
+    both = torch.zeros(2, 3, T, D, dtype=torch.float64)
+    left, right = both[0].requires_grad_(), both[1]
+    module = SiameseLSTM(D, H, dtype=torch.float64)
+    module(left, right).sum().backward()
+    assert left.grad is not None
