@@ -96,7 +96,7 @@ def _open(file: Path) -> tuple[ctypes.CDLL | None, str]:
         for name, integers, tensors in (
             ("lay_out", 4, 2),
             ("project", 5, 5),
-            ("accumulate", 4, 4),
+            ("sum_products", 4, 4),
         ):
             function = getattr(library, name)
             function.argtypes = [_INTEGER] * integers + [_POINTER] * tensors
@@ -240,8 +240,9 @@ def backward(
         dvectors: [N, P * H] what reaches the last hidden states, or None.
         upstream: [M, H] what else reaches the hidden states, or None.
         rows: [M] row of dtable that each packed token has; None: its own.
-        dtable: [., 4H], added to.
-        h_by_gates: [H, 4H] product of the states before the tokens and the gradients, added to.
+        dtable: [R, 4H], to be filled.
+        h_by_gates: [H, 4H] zeros, to become the product of the states before the tokens and the
+            gradients.
     """
     H = h_by_gates.shape[0]
     work = _work(batch, dtable, H)
@@ -259,6 +260,7 @@ def backward(
         count=len(blocks) - 1,
         blocks=tiles,
         largest=largest,
+        R=dtable.shape[0],
         rows=rows,
         dvectors=_columns(dvectors, p * H),
         upstream=upstream,
@@ -287,10 +289,12 @@ def project(x: Tensor, rows: Tensor | None, weight: Tensor, bias: Tensor) -> Ten
     return found
 
 
-def accumulate(a: Tensor, b: Tensor, rows: Tensor | None, total: Tensor) -> None:
-    """Add a.T @ b[rows] to total, [M, N]: a [K, M], b [., N]; None: all rows in order."""
+def sum_products(a: Tensor, b: Tensor, rows: Tensor | None) -> Tensor:
+    """Return a.T @ b[rows], [M, N]: a [K, M], b [., N]; None: all rows in order."""
+    found = a.new_empty(a.shape[1], b.shape[1])
     sizes = *a.shape, b.shape[1], torch.get_num_threads()
-    _library().accumulate(*sizes, *map(_pointer, (a, b, rows, total)))
+    _library().sum_products(*sizes, *map(_pointer, (a, b, rows, found)))
+    return found
 
 
 def _library() -> Any:

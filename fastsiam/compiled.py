@@ -162,7 +162,7 @@ def backward(
         dv = None if dvectors is None else dvectors[:, columns]
         reached = Reached(dv, doutputs, columns, batch.lengths, mask, peaks, steps, pooling, p)
         weight = _steps.panels(how.backward_weight(weight_hh[p].float()))
-        dtable = gates.new_zeros(words.shape[0], 4 * H)
+        dtable = gates.new_empty(words.shape[0], 4 * H)
         h_by_gates = gates.new_zeros(H, 4 * H)
         _steps.backward(
             cell,
@@ -177,13 +177,11 @@ def backward(
             dtable,
             h_by_gates,
         )
-        gates_by_x = gates.new_zeros(4 * H, x.shape[1])
-        _steps.accumulate(dtable, *_float_rows(x, words), gates_by_x)
-        summed = gates.new_zeros(1, 4 * H)
-        _steps.accumulate(dtable.new_ones(words.shape[0], 1), dtable, None, summed)
+        gates_by_x = _steps.sum_products(dtable, *_float_rows(x, words))
+        gates_sum = _steps.sum_products(dtable.new_ones(words.shape[0], 1), dtable, None)[0]
         if need_dx:
             dx.index_add_(0, words, how.input_gradient(dtable, weight_ih[p].float()))
-        grads.append(how.weight_gradients(gates_by_x, h_by_gates.T, summed[0]))
+        grads.append(how.weight_gradients(gates_by_x, h_by_gates.T, gates_sum))
     dweight_ih, dweight_hh, dbias = (stack(list(parts)) for parts in zip(*grads, strict=True))
     return dx, dweight_ih, dweight_hh, dbias
 

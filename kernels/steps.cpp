@@ -364,8 +364,8 @@ struct Layer {
     const float* dvectors;  // [N, H]
     const float* upstream;  // [M, H] what else reaches each h
     float* dgates;          // [2, largest, 4H] of two blocks, where there are `rows`
-    float* dtable;          // [., 4H] out: what the rows of the table get is added
-    float* h_by_gates;      // [H, 4H] out: the product of states and gradients of gates is added
+    float* dtable;          // [R, 4H] out: what the rows of the table get
+    float* h_by_gates;      // [H, 4H] out, comes as zeros: product of states and gradients of gates
 };
 
 namespace {
@@ -630,18 +630,23 @@ extern "C" void project(int64_t W, int64_t D, int64_t N, int64_t M, int64_t thre
     }
 }
 
-// out [M, N] += a.T @ b[rows]: a [K, M]. Without `rows`, all of b in order. Each sum has one order of
+// out [M, N] = a.T @ b[rows]: a [K, M]. Without `rows`, all of b in order. Each sum has one order of
 // additions, whatever the number of threads.
-extern "C" void accumulate(int64_t K, int64_t M, int64_t N, int64_t threads, const float* a,
-                           const float* b, const int64_t* rows, float* out) {
+extern "C" void sum_products(int64_t K, int64_t M, int64_t N, int64_t threads, const float* a,
+                             const float* b, const int64_t* rows, float* out) {
     const int64_t panels = (N + PANEL - 1) / PANEL;
     threads = least(threads, least(panels, 1 + K * M * N / WORTH));
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t thread = 0; thread < threads; thread++)
+    for (int64_t thread = 0; thread < threads; thread++) {
+        const int64_t first = panels * thread / threads, last = panels * (thread + 1) / threads;
+        const int64_t columns = least(last * PANEL, N) - first * PANEL;
+        for (int64_t m = 0; m < M; m++)
+            std::memset(&out[m * N + first * PANEL], 0, columns * sizeof(float));
         for (int64_t from = 0; from < K; from += DEPTH)
-            for (int64_t p = panels * thread / threads; p < panels * (thread + 1) / threads; p++)
+            for (int64_t p = first; p < last; p++)
                 accumulate_columns(least(DEPTH, K - from), M, N, p * PANEL, &a[from * M],
                                    rows ? b : &b[from * N], rows ? &rows[from] : nullptr, out);
+    }
 }
 
 // Returns whether all ids were rows of the table; if not, nothing was done.
@@ -676,6 +681,10 @@ void backward(const Layer& layer) {
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         float* work = own_work(layer);
+        if (layer.rows)
+#pragma omp for schedule(static)
+            for (int64_t row = 0; row < layer.R; row++)
+                std::memset(&layer.dtable[row * G], 0, G * sizeof(float));
         for (int64_t block = 0; block < layer.count; block++) {
             const int64_t first = layer.blocks[block], last = layer.blocks[block + 1];
             const int64_t begin = layer.starts[first], size = layer.starts[last] - begin;
