@@ -383,10 +383,13 @@ def _torch_states(
         own = bias[len(weight_hh) :]
         parameters += [bias[: len(weight_hh)], F.pad(own, (len(weight_hh) - len(own), 0))]
     if x.is_cuda:
-        # one buffer, as nn.LSTM keeps them: cuDNN would copy them into one, with a warning
-        sizes = [p.numel() for p in parameters]
-        chunks = torch.cat([p.flatten() for p in parameters]).split(sizes)
-        parameters = [chunk.view_as(p) for chunk, p in zip(chunks, parameters, strict=True)]
+        # one buffer, as nn.LSTM keeps them: cuDNN would copy them into one, with a warning. It
+        # has biases in any case
+        flat = [p.flatten() for p in parameters]
+        if bias is None:
+            flat.append(weight_ih.new_zeros(2 * len(weight_ih)))
+        chunks = torch.cat(flat).split([p.numel() for p in flat])
+        parameters = [chunk.view_as(p) for chunk, p in zip(chunks, parameters, strict=False)]
     turned = None
     if reverse:
         # each sequence turned round within its length; the same once more turns it back
