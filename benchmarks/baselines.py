@@ -8,6 +8,7 @@ vectors, [2B, H] for each direction.
 import copy
 import importlib.util
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -113,7 +114,10 @@ class Compiled(Rival):
         self.compiled = torch.compile(super().forward)
 
     def forward(self, batch: Batch) -> Tensor:
-        return self.compiled(batch)
+        # while it compiles, torch uses what torch warns of
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return self.compiled(batch)
 
 
 class Packed(nn.Module):

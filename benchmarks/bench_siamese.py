@@ -66,7 +66,7 @@ def checked(case: Case) -> tuple[Batch, dict[str, accuracy.Errors], dict[str, st
                 found[contender.name] = accuracy.errors(model, batch, truth)
     limits = found[MAIN_RIVAL]
     for name, errors in found.items():
-        if fault := accuracy.fault(errors, limits, case.torch_dtype):
+        if fault := accuracy.fault(errors, limits, case.eps):
             faults[name] = fault
     return batch, found, faults
 

@@ -31,6 +31,11 @@ class Case:
     def torch_dtype(self) -> torch.dtype:
         return torch.float32 if self.dtype == "tf32" else getattr(torch, self.dtype)
 
+    @property
+    def eps(self) -> float:
+        """Of the numbers that products are made of; tf32 has 11 bits, the hidden one included."""
+        return 2.0**-10 if self.dtype == "tf32" else torch.finfo(self.torch_dtype).eps
+
 
 def sick_lengths(count: int, T: int, generator: torch.Generator) -> Tensor:
     """Draw lengths like those of SICK's sentences: mean 9.7, from 3 to 36, and at most T.

@@ -343,7 +343,8 @@ def _bias(case: Case, given: dict[str, Any], name: str) -> Tensor | None:
     return torch.cat((of_input[:both] + of_state[:both], of_input[both:], of_state[both:]))
 
 
-# only compiled: rows enough to be grouped by length on any GPU, long sequences, many words
+# only compiled: rows enough to be grouped by length on any GPU, long sequences, many words. No
+# maxima: of so many units some have two largest states that are equal to rounding
 LARGE = [
     Case(B=1024, T_left=32, T_right=32, D=300, H=128, dtype=torch.bfloat16, lengths="full"),
     Case(B=4099, T_left=24, T_right=37, D=31, H=50, dtype=torch.bfloat16, inputs="ids"),
@@ -351,6 +352,6 @@ LARGE = [
     Case(B=257, T_left=73, T_right=73, D=300, H=100, dtype=torch.float16, inputs="ids, trained"),
     Case(B=32, T_left=73, T_right=73, D=300, H=50, call="log_similarity", learned_scale=True),
     Case(B=33, T_left=300, T_right=3, D=7, H=128, pooling="mask", call="encode"),
-    Case(B=4099, T_left=24, T_right=37, D=31, H=50, inputs="ids", directions=2, pooling="max"),
+    Case(B=4099, T_left=24, T_right=37, D=31, H=50, inputs="ids", directions=2, pooling="mean"),
     Case(B=257, T_left=73, T_right=20, D=31, H=100, layers=2, directions=2, inputs="ids, trained"),
 ]

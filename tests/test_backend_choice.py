@@ -24,8 +24,10 @@ CALL = Call(*FEW[:8])
 
 @pytest.fixture(autouse=True)
 def measurements(monkeypatch):
+    on_cpu = [FEW, FEW_SHORT, MANY, TWO_THREADS, TRAINING]
     rows = {
-        "cpu": [FEW, FEW_SHORT, MANY, TWO_THREADS, TRAINING],
+        "cpu": on_cpu,
+        "cpu without compiled steps": on_cpu,
         GPU: [ON_GPU, ON_GPU_LARGE, ON_GPU_LARGE_SHORT, ON_GPU_WIDE, ON_GPU_WIDEST],
     }
     monkeypatch.setattr(_measured, "table", lambda: rows)

@@ -168,6 +168,8 @@ def test_bad_call(call, message):
 def test_no_backend_is_laxer(request, monkeypatch, name, call, message):
     if name == "triton":
         request.getfixturevalue("triton")
+        if DEVICE == "cuda":
+            pytest.skip("the inputs are on the CPU, which triton refuses first")
     monkeypatch.setattr(
         sys.modules[__name__], "dense", lambda **o: SiameseLSTM(D, H, backend=name, **o)
     )

@@ -40,7 +40,7 @@ def test_every_contender_passes_its_check(contender, case):
     rivals = {c.name: build(c, case, CPU) for c in (contender, *HERE) if c.name == MAIN_RIVAL}
     limits = accuracy.errors(rivals[MAIN_RIVAL], batch, truth)
     found = accuracy.errors(build(contender, case, CPU), batch, truth)
-    assert accuracy.fault(found, limits, torch.float32) is None
+    assert accuracy.fault(found, limits, case.eps) is None
 
 
 @pytest.mark.parametrize("what", ["lengths", "weights", "gradient", "nan"])
@@ -64,7 +64,7 @@ def test_the_check_can_fail(what):
     else:
         with torch.no_grad():
             model.networks[0].bias_hh_l0[0] = torch.nan
-    fault = accuracy.fault(accuracy.errors(model, wrong, truth), limits, torch.float32)
+    fault = accuracy.fault(accuracy.errors(model, wrong, truth), limits, case.eps)
     assert fault is not None
     assert ("gradient" in fault) == (what == "gradient")
 
@@ -207,7 +207,8 @@ def test_the_floor_is_drawn_for_a_gpu(machine):
     file = machine / "some-cpu.json"
     data = results.load(file)
     for row in data["rows"]:
-        row["setting"] = {"1 thread": "eager", "2 threads": "graph"}[row["setting"]]
+        named = {"1 thread": "eager", "2 threads": "graph"}
+        row["setting"] = named.get(row["setting"], row["setting"])
     facts = data["machine"] | gpu | {"gpu": "Some GPU", "cuda": "13", "cudnn": 9}
     results.save(machine / "some-gpu.json", facts, data["rows"])
     files = report.render(TEXT, machine)

@@ -498,6 +498,7 @@ def test_inference_mode_all_the_way(fused_backend):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_nothing_waits_for_the_gpu(triton):
     m = make_embedded(backend="triton", freeze_embedding=False)
     ids = draw_ids()
@@ -509,8 +510,8 @@ def test_nothing_waits_for_the_gpu(triton):
             return score(m, ids)
 
     step()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
