@@ -377,8 +377,10 @@ constexpr float UNIT = 2.0f;  // true size of a unit of h
 int64_t tiles(const Layer& layer) { return (layer.N + layer.tile - 1) / layer.tile; }
 
 int threads_for(const Layer& layer) {
-    int64_t worth = 1 + layer.starts[tiles(layer)] * layer.H * layer.H * 4 / WORTH;
-    return static_cast<int>(least(layer.threads, least(tiles(layer), worth)));
+    const int64_t count = tiles(layer);
+    if (!count) return 1;
+    int64_t worth = 1 + layer.starts[count] * layer.H * layer.H * 4 / WORTH;
+    return static_cast<int>(least(layer.threads, least(count, worth)));
 }
 
 // What a thread of a parallel region has of `layer.work`.

@@ -134,7 +134,7 @@ def test_tf32(triton, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_sanitize(triton, dtype):
-    """For compute-sanitizer: a launch a step, and one; groups by length; ids of no row behind ends."""
+    """For compute-sanitizer: a launch a step, and one in all; ids of no row behind the ends."""
     check(Case(B=33, T_left=4, T_right=3, H=130, dtype=dtype, inputs="ids, trained"), "triton")
 
 
