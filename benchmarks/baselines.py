@@ -230,9 +230,8 @@ class Contender:
             return f"{self.name} differs in {self.only_for} only"
         if setting == "graph" and self.not_in_graph:
             return f"{self.name} in a CUDA graph: {self.not_in_graph}"
-        most = MAX_TRITON_HIDDEN[case.cell]
-        if self.name == "fastsiam triton" and case.H > most:
-            return f"fastsiam triton covers H up to {most}"
+        if self.name == "fastsiam triton" and case.H > MAX_TRITON_HIDDEN:
+            return f"fastsiam triton covers H up to {MAX_TRITON_HIDDEN}"
         one_lstm = case.cell == "lstm" and not case.bidirectional and case.pooling == "last"
         if (self.name == "step by step" or self.needs) and not one_lstm:
             return f"{self.name} is written for the last state of an LSTM in one direction"

@@ -13,7 +13,7 @@ from fastsiam._measured import Call, Row, nearest
 from fastsiam.kernels._tiling import NARROW
 
 BACKENDS = ("auto", "triton", "torch", "lstm", "reference")
-MAX_TRITON_HIDDEN = {"lstm": 2048, "gru": 128}
+MAX_TRITON_HIDDEN = 2048
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # asked once, here: torch.compile does not look into find_spec
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -35,7 +35,6 @@ def resolve_backend(
     call: Call | None = None,
     machine: str = "",
     otherwise: str = "lstm",
-    cell: str = "lstm",
 ) -> Choice:
     """Return the backend that runs, or raise if a named one cannot.
 
@@ -52,7 +51,6 @@ def resolve_backend(
         call: what is to be done; None where that is not known, and no measurement is asked then.
         machine: the name of `device` in the table of measurements.
         otherwise: "lstm", which is cuDNN there, or "torch" for work that is not an LSTM's.
-        cell: "lstm" or "gru".
 
     Raises:
         ValueError: the name is unknown, or the named backend cannot take this call.
@@ -62,7 +60,7 @@ def resolve_backend(
         raise ValueError(f"{who}: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend not in ("auto", "triton"):
         return Choice(backend, "named by the caller")
-    obstacle = _triton_obstacle(device, dtype, H, cell)
+    obstacle = _triton_obstacle(device, dtype, H)
     if backend == "triton":
         if not HAS_TRITON:
             raise ImportError(
@@ -107,13 +105,10 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _triton_obstacle(device: torch.device, dtype: torch.dtype, H: int, cell: str) -> str:
+def _triton_obstacle(device: torch.device, dtype: torch.dtype, H: int) -> str:
     """Return what keeps the kernels from this call, or an empty string."""
-    if H > MAX_TRITON_HIDDEN[cell]:
-        return (
-            f"H must be at most {MAX_TRITON_HIDDEN[cell]} for backend 'triton' "
-            f"and cell '{cell}', got {H}"
-        )
+    if H > MAX_TRITON_HIDDEN:
+        return f"H must be at most {MAX_TRITON_HIDDEN} for backend 'triton', got {H}"
     if dtype not in TRITON_DTYPES:
         return f"dtype must be float32, float16 or bfloat16 for backend 'triton', got {dtype}"
     if device.type != "cuda" and not interpreted():

@@ -6,6 +6,7 @@ A kernel is imported when it first runs, so triton may be absent. Arguments are 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -352,7 +353,7 @@ def _launchers(cell: str, H: int) -> tuple[Callable[..., Any], Callable[..., Any
         from fastsiam.kernels.siamese_wide_bwd import siamese_wide_bwd
         from fastsiam.kernels.siamese_wide_fwd import siamese_wide_fwd
 
-        return siamese_wide_fwd, siamese_wide_bwd
+        return functools.partial(siamese_wide_fwd, cell), functools.partial(siamese_wide_bwd, cell)
     if cell == "lstm":
         from fastsiam.kernels.siamese_bwd import siamese_bwd
         from fastsiam.kernels.siamese_fwd import siamese_fwd

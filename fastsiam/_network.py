@@ -69,7 +69,7 @@ def explain(
     weight = first_of(weights).weight_hh
     dtype, H = _computed_dtype(weight), weight.shape[1]
     if not sequences or not steps:
-        return resolve_backend(who, backend, device, dtype, H, cell=cell)
+        return resolve_backend(who, backend, device, dtype, H)
     training = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in first_of(weights)
     )
@@ -77,7 +77,7 @@ def explain(
     threads = torch.get_num_threads() if device.type == "cpu" else 1
     call = Call(cell, name, training, threads, H, sequences, steps, filled)
     machine = machine_name(device, dtype, H)
-    return resolve_backend(who, backend, device, dtype, H, call, machine, cell=cell)
+    return resolve_backend(who, backend, device, dtype, H, call, machine)
 
 
 def machine_name(device: torch.device, dtype: torch.dtype, H: int) -> str:

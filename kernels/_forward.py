@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastsiam.kernels import _tiling
-from fastsiam.kernels._math import _load_cells, _unpack, in_triton
+from fastsiam.kernels._math import _load_cells, _store_cells, _unpack, in_triton
 
 
 @triton.jit
@@ -79,6 +79,12 @@ def _pool(v, peak, h, t, last, mask_ptrs, POOLING: tl.constexpr, STORE_PEAKS: tl
     else:
         v = tl.where(_at_units(t == last), h, v)
     return v, peak
+
+
+@triton.jit
+def _store_state(h, row, inside, states_ptrs, BLOCK_H: tl.constexpr):
+    at = _at_units(row).to(tl.int64) * BLOCK_H
+    _store_cells(states_ptrs + at, h, _at_units(inside), 6)
 
 
 @triton.jit

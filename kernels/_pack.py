@@ -107,10 +107,12 @@ def _pack_kernel(
             _store_operand(ahead_ptrs, _scaled(hh, 0.5 * factor), None, AHEAD_PARTS, 4 * SQUARE)
         if BACK:
             hh = _scaled(hh, 0.5 * tl.load(factors_ptr + 4 + gate))
-            back_ptr += direction * (BACK_PARTS * GATES * SQUARE)
+            # n's columns stand in it where records have them, and hold 0
+            SIZE: tl.constexpr = (4 if BY_UNIT else GATES) * SQUARE
+            back_ptr += direction * (BACK_PARTS * SIZE)
             if BY_UNIT:
                 back_ptrs = back_ptr + (k * (4 * BLOCK_H) + (unit * 4 + gate)[:, None])
-                _store_operand(back_ptrs, hh, None, BACK_PARTS, GATES * SQUARE)
+                _store_operand(back_ptrs, hh, None, BACK_PARTS, SIZE)
             else:
                 back_ptr += gate // 2 * (2 * SQUARE)
                 column = gate % 2 * BLOCK_H + unit
@@ -122,7 +124,7 @@ def _pack_kernel(
                     column = tl.where(gate == 3, unit, column)
                     kept = ((gate != 2) & (unit < BLOCK_H))[:, None]
                 back_ptrs = back_ptr + (k * width + column[:, None])
-                _store_operand(back_ptrs, hh, kept, BACK_PARTS, GATES * SQUARE)
+                _store_operand(back_ptrs, hh, kept, BACK_PARTS, SIZE)
         if HAS_BIAS and tl.program_id(1) == 0:
             bias = tl.load(bias_ptr + (direction * 4 + gate) * H + unit, mask=unit < H, other=0.0)
             tl.store(packed_bias_ptr + packed_row, _scaled(bias, factor))
@@ -140,7 +142,7 @@ def packed_shape(P: int, gates: int, H: int, parts: int, transposed: bool) -> tu
 
     Transposed it is [P, parts, 2, block, 2 * block], columns i, f and g, o; of a GRU [P, parts,
     3 * block * block], in them r and z, [block, 2 * block], and y, [block, block]; of a wide H
-    [P, parts, block, 4 * block], columns by unit and gate.
+    [P, parts, block, 4 * block], columns by unit and gate, those of a GRU's n 0.
     """
     block = block_h(H)
     if not transposed:

@@ -15,6 +15,7 @@ from fastsiam.kernels._forward import (
     _load_rows,
     _pool,
     _row_at,
+    _store_state,
     launch,
 )
 from fastsiam.kernels._math import (
@@ -65,12 +66,6 @@ def _store_gates(
     _store_cells(gates_ptrs + tl.expand_dims(at * (4 * BLOCK_H), 6), values, inside, 6)
     values = tl.join(o - tanh_c * h, c_before)
     _store_cells(cells_ptrs + tl.expand_dims(at * (2 * BLOCK_H), 6), values, inside, 6)
-
-
-@triton.jit
-def _store_state(h, row, inside, states_ptrs, BLOCK_H: tl.constexpr):
-    at = _at_units(row).to(tl.int64) * BLOCK_H
-    _store_cells(states_ptrs + at, h, _at_units(inside), 6)
 
 
 @triton.jit

@@ -29,6 +29,24 @@ from fastsiam.kernels._math import (
 )
 
 
+@triton.jit
+def _derivatives(z, n, h):
+    # of twice the new state, by n's gate and by z's; h is twice the old one. docs/kernels.md
+    # derives these: all that then waits for the gradient is a multiplication
+    h_by_n = 1.0 - n * n
+    h_by_n = h_by_n - h_by_n * z
+    h_by_z = 0.5 * h - n
+    return h_by_n, h_by_z - h_by_z * z * z
+
+
+@triton.jit
+def _cell_gradients(d, r, z, n_by_r, h_by_n, h_by_z):
+    # of r, z, n and y; and what d gives to the gradient of the state before, past the product
+    dn = d * h_by_n
+    passed = d * (0.5 * z + 0.5)
+    return dn * n_by_r, d * h_by_z, dn, dn * r + dn, passed
+
+
 @triton.jit(do_not_specialize=["B", "T", "H", "zero"])
 def _siamese_gru_bwd_kernel(
     # P is the number of directions
@@ -182,11 +200,7 @@ def _siamese_gru_bwd_kernel(
         gates_before = _load_gates(gates_ptrs, before, GATES * BLOCK_H, DTYPE)
         states_before = _load_cells(states_ptrs + before * BLOCK_H, 7)
         r, z, n, n_by_r = _gates(gates, DTYPE)
-        # docs/kernels.md derives these: all that waits for the gradient is a multiplication
-        h_by_n = 1.0 - n * n
-        h_by_n = h_by_n - h_by_n * z
-        h_by_z = 0.5 * states.to(tl.float32) - n
-        h_by_z = h_by_z - h_by_z * z * z
+        h_by_n, h_by_z = _derivatives(z, n, states.to(tl.float32))
         d = _as_cells(dh, BLOCKS, COLUMNS, WARPS) + _as_cells(dh_y, BLOCKS, COLUMNS, WARPS)
         # scaled, this step's, or the next one's
         upstream = _upstream(
@@ -205,16 +219,12 @@ def _siamese_gru_bwd_kernel(
         )
         if SCALED:
             d = d * unscale + (upstream + passed)
-        dn = d * h_by_n
-
-        passed = d * (0.5 * z + 0.5)
+        dr, dz, dn, dy, passed = _cell_gradients(d, r, z, n_by_r, h_by_n, h_by_z)
 
         # two products for two chains of instructions; their sum waits for the next step, as the
         # compiler would chain them if they were added here. What enters n from x has no part in it
-        dr = dn * n_by_r
-        dz = d * h_by_z
         d_rz = tl.join(dr, dz).to(DTYPE)
-        d_y = (dn * r + dn).to(DTYPE)
+        d_y = dy.to(DTYPE)
         x_rz, x_y = d_rz, d_y
         if SCALED:
             largest = tl.maximum(tl.maximum(tl.abs(dr), tl.abs(dz)), tl.abs(d_y))

@@ -15,6 +15,7 @@ from fastsiam.kernels._forward import (
     _load_rows,
     _pool,
     _row_at,
+    _store_state,
     launch,
 )
 from fastsiam.kernels._math import (
@@ -27,6 +28,27 @@ from fastsiam.kernels._math import (
     _store_cells,
     _tanh,
 )
+
+
+@triton.jit
+def _cell(r, z, n, y, h, APPROXIMATE: tl.constexpr, ASSEMBLY: tl.constexpr):
+    # tanh values of the gates; the derivative of n's by r's gate; twice the new state. h is twice
+    # the old one, y half of what the reset gate multiplies
+    r = _tanh(r, APPROXIMATE, ASSEMBLY)
+    z = _tanh(z, APPROXIMATE, ASSEMBLY)
+    # with sigmoid(x) = (1 + tanh(x / 2)) / 2
+    n = _tanh(r * y + (n + y), APPROXIMATE, ASSEMBLY)
+    # of use to the backward alone; further down it costs registers
+    n_by_r = y - r * y * r
+    return r, z, n, n_by_r, z * (0.5 * h - n) + (0.5 * h + n)
+
+
+@triton.jit
+def _store_gates(r, z, n, n_by_r, gap, inside, gates_ptrs, BLOCK_H: tl.constexpr):
+    # rows are addressed through 32 bits: one wide multiply-add an address
+    at = _at_units(gap).to(tl.int64) * (4 * BLOCK_H)
+    values = tl.reshape(tl.join(tl.join(r, n), tl.join(z, n_by_r)), r.shape + (4,))
+    _store_cells(gates_ptrs + tl.expand_dims(at, 6), values, _at_units(inside), 6)
 
 
 @triton.jit(do_not_specialize=["B", "T", "R", "H", "zero"])
@@ -137,15 +159,8 @@ def _siamese_gru_fwd_kernel(
             x_after = _load_rows(table_ptrs, row, ROW)
             row = _row_at(t + 3, ids_ptr, first_token, way, final, R, HAS_IDS)
 
-        # y is half of what the reset gate multiplies
         r, z, n, y = _as_gates(a, BLOCKS, COLUMNS, WARPS)
-        r = _tanh(r, APPROXIMATE, ASSEMBLY)
-        z = _tanh(z, APPROXIMATE, ASSEMBLY)
-        # with sigmoid(x) = (1 + tanh(x / 2)) / 2; h is twice the state
-        n = _tanh(r * y + (n + y), APPROXIMATE, ASSEMBLY)
-        # of use to the backward alone; further down it costs registers
-        n_by_r = y - r * y * r
-        h = z * (0.5 * h - n) + (0.5 * h + n)
+        r, z, n, n_by_r, h = _cell(r, z, n, y, h, APPROXIMATE, ASSEMBLY)
         token_weights = mask_ptr + (first_token + way * t)
         v, peak = _pool(v, peak, h, t, last, token_weights, POOLING, STORE_RECORDS)
 
@@ -160,13 +175,8 @@ def _siamese_gru_fwd_kernel(
         a = _product(weight, low, h_rows, h_low, a, t * zero, OPERAND, PARTS, WIDEN, STREAM)
 
         if STORE_RECORDS:
-            inside = _at_units(t <= last)
-            # rows are addressed through 32 bits: one wide multiply-add an address
-            at = _at_units(gap).to(tl.int64)
-            values = tl.join(tl.join(r, n), tl.join(z, n_by_r))
-            values = tl.reshape(values, h.shape + (4,))
-            _store_cells(gates_ptrs + tl.expand_dims(at * (4 * BLOCK_H), 6), values, inside, 6)
-            _store_cells(states_ptrs + at * BLOCK_H, h, inside, 6)
+            _store_gates(r, z, n, n_by_r, gap, t <= last, gates_ptrs, BLOCK_H)
+            _store_state(h, gap, t <= last, states_ptrs, BLOCK_H)
             gap += way
         if STORE_OUTPUTS:
             inside = _at_units(t <= last) & (unit_apart < H)

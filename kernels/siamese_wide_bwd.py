@@ -17,7 +17,13 @@ from fastsiam.kernels._backward import (
     _upstream,
     _vector_gradient,
 )
-from fastsiam.kernels._math import _direction, _load_cells_where, _sequences, _store_cells
+from fastsiam.kernels._math import (
+    _direction,
+    _load_cells,
+    _load_cells_where,
+    _sequences,
+    _store_cells,
+)
 from fastsiam.kernels._wide import (
     _arrive,
     _as_columns,
@@ -27,6 +33,17 @@ from fastsiam.kernels._wide import (
     _wait,
 )
 from fastsiam.kernels.siamese_bwd import _cell_gradients, _load_states, _states
+from fastsiam.kernels.siamese_gru_bwd import _cell_gradients as _gru_gradients
+from fastsiam.kernels.siamese_gru_bwd import _derivatives as _gru_derivatives
+
+
+@triton.jit
+def _load_before(before_ptrs, row, STRIDE: tl.constexpr, DTYPE: tl.constexpr, CELL: tl.constexpr):
+    # what a step began with: of an LSTM the cell, beside the derivative by the new one; of a GRU 2h
+    if CELL == "lstm":
+        return _load_states(before_ptrs, row, STRIDE, DTYPE)
+    else:
+        return _load_cells(before_ptrs + row * STRIDE, 7)
 
 
 @triton.jit(do_not_specialize=["begin", "end", "tiles", "B", "T", "H", "zero"])
@@ -45,10 +62,11 @@ def _siamese_wide_bwd_kernel(
     order_ptr,  # [B] pairs in the order in which tiles take them (HAS_ORDER)
     # the forward's records, half precision in words of two
     gates_ptr,  # [P, N, T + 1, BLOCK_H, 4]
-    cells_ptr,  # [P, N, T + 1, BLOCK_H, 2]
+    before_ptr,  # an LSTM's cells, [P, N, T + 1, BLOCK_H, 2]; a GRU's states, not as words
     peaks_ptr,  # [N, P, H] step of the maximum (POOLING "max")
     dgates_ptr,  # [P, N, T + 1, BLOCK_H, 4] in, out: gate gradients
-    carried_dc_ptr,  # [P, S, BLOCK_H] float32 in, out: twice the cell's gradient (not RESIDENT)
+    # an LSTM's: twice the cell's gradient; a GRU's: what reaches 2h past the product
+    carried_ptr,  # [P, S, BLOCK_H] float32 in, out (not RESIDENT)
     arrived_ptr,  # [tiles, P] in, out: parts of steps that are done, 0 at first (RESIDENT)
     scale,  # factor on L1 (HAS_DSIM)
     begin,  # the step at which this launch ends its way back; 0 where RESIDENT
@@ -58,6 +76,7 @@ def _siamese_wide_bwd_kernel(
     T,
     H,
     zero,  # 0
+    CELL: tl.constexpr,  # "lstm" or "gru"
     BLOCK_H: tl.constexpr,  # H with its padding
     UNITS: tl.constexpr,  # of a program: axis 2 of the grid has the slices
     BLOCK_N: tl.constexpr,  # sequences of a tile, a multiple of 8: axis 0 shares out the tiles
@@ -80,7 +99,7 @@ def _siamese_wide_bwd_kernel(
     DTYPE: tl.constexpr = vectors_ptr.dtype.element_ty
     # elements of a unit in the records: half precision comes in words of two
     GATES: tl.constexpr = 4 if DTYPE == tl.float32 else 2
-    STATES: tl.constexpr = GATES // 2
+    BEFORE: tl.constexpr = GATES // 2 if CELL == "lstm" else 1
     SLICES: tl.constexpr = BLOCK_H // UNITS
 
     direction, way = _direction(DIRECTIONS)
@@ -96,12 +115,13 @@ def _siamese_wide_bwd_kernel(
     inside = unit_apart < H
     # of the gap where a step began, what stands where it ended
     gates_ptr += (rows + way) * (GATES * BLOCK_H)
-    cells_ptr += (rows + way) * (STATES * BLOCK_H)
+    # a GRU's state stands where it began
+    before_ptr += (rows + (way if CELL == "lstm" else 0)) * (BEFORE * BLOCK_H)
     gates_ptrs = gates_ptr + (tl.expand_dims(unit, 7) * GATES + tl.arange(0, GATES))
-    if STATES == 2:
-        cells_ptrs = cells_ptr + (tl.expand_dims(unit, 7) * 2 + tl.arange(0, 2))
+    if BEFORE == 2:
+        before_ptrs = before_ptr + (tl.expand_dims(unit, 7) * 2 + tl.arange(0, 2))
     else:
-        cells_ptrs = cells_ptr + unit_apart
+        before_ptrs = before_ptr + unit_apart
     dgates_ptr += rows * (4 * BLOCK_H)
     dgates_ptrs = dgates_ptr + (tl.expand_dims(unit, 7) * 4 + tl.arange(0, 4))
     doutputs_ptrs = doutputs_ptr + direction * H + unit_apart
@@ -116,10 +136,11 @@ def _siamese_wide_bwd_kernel(
         )
         last = length - 1
         first_gap = seq * (T + 1) + direction * length
-        last_gap = way * first_gap + last
+        # without a step a GRU's sequence has the row that it would begin with
+        last_gap = way * first_gap + (last if CELL == "lstm" else tl.maximum(last, 0))
         first_token = seq.to(tl.int64) * T + direction * last
         slot = _slots(tile, tiles, direction, BLOCK_N)
-        carried_dc_ptrs = carried_dc_ptr + (_at_units(slot).to(tl.int64) * BLOCK_H + unit_apart)
+        carried_ptrs = carried_ptr + (_at_units(slot).to(tl.int64) * BLOCK_H + unit_apart)
         # of the columns of a product, where ahead of the loop a change of layout costs little
         columns_last = _as_columns(last)
         columns_gap = _as_columns(first_gap)
@@ -151,11 +172,11 @@ def _siamese_wide_bwd_kernel(
             HAS_DPAIR,
             HAS_DVECTORS,
         )
-        dc = tl.zeros((1, 2, COLUMNS, 2, WARPS, 8, 4), tl.float32)
+        carried = tl.zeros((1, 2, COLUMNS, 2, WARPS, 8, 4), tl.float32)
         # whether this launch has a step of the tile, and whether one before it had
-        goes_on = (dc == 0.0) & (begin < steps)
+        goes_on = (carried == 0.0) & (begin < steps)
         if not RESIDENT:
-            dc = _load_cells_where(carried_dc_ptrs, goes_on & (end < steps), 7)
+            carried = _load_cells_where(carried_ptrs, goes_on & (end < steps), 7)
         for back in range(begin, behind):
             t = behind - 1 - (back - begin)
             gap = way * first_gap + t
@@ -164,7 +185,7 @@ def _siamese_wide_bwd_kernel(
             if RESIDENT:
                 # on their way while the program waits
                 gates = _load_gates(gates_ptrs, row, GATES * BLOCK_H, DTYPE)
-                states = _load_states(cells_ptrs, row, STATES * BLOCK_H, DTYPE)
+                before = _load_before(before_ptrs, row, BEFORE * BLOCK_H, DTYPE, CELL)
                 _wait(arrived_ptr_of_tile, (back - begin) * SLICES)
             # the gate gradients of the step after stand at the gap where it began
             dh = _product_with_rows(
@@ -182,7 +203,7 @@ def _siamese_wide_bwd_kernel(
             if not RESIDENT:
                 # not before the product, which needs the registers
                 gates = _load_gates(gates_ptrs, row, GATES * BLOCK_H, DTYPE)
-                states = _load_states(cells_ptrs, row, STATES * BLOCK_H, DTYPE)
+                before = _load_before(before_ptrs, row, BEFORE * BLOCK_H, DTYPE, CELL)
             d = _as_cells(dh, 1, COLUMNS, WARPS)
             d += _upstream(
                 t + 1,
@@ -198,12 +219,22 @@ def _siamese_wide_bwd_kernel(
                 POOLING,
                 HAS_DOUTPUTS,
             )
-            i, f, g, h_by_o = _gates(gates, DTYPE)
-            h_by_c, c_before = _states(states, DTYPE)
-            di, df, dg, do, dc = _cell_gradients(d, dc, i, f, g, h_by_o, h_by_c, c_before)
+            if CELL == "lstm":
+                i, f, g, h_by_o = _gates(gates, DTYPE)
+                h_by_c, c_before = _states(before, DTYPE)
+                di, df, dg, do, carried = _cell_gradients(
+                    d, carried, i, f, g, h_by_o, h_by_c, c_before
+                )
+                da = tl.join(tl.join(di, df), tl.join(dg, do))
+            else:
+                r, z, n, n_by_r = _gates(gates, DTYPE)
+                h_by_n, h_by_z = _gru_derivatives(z, n, before.to(tl.float32))
+                dr, dz, dn, dy, carried = _gru_gradients(d + carried, r, z, n_by_r, h_by_n, h_by_z)
+                # columns of 0 in the weight keep dn out of the product
+                da = tl.join(tl.join(dr, dz), tl.join(dn, dy))
             # before its last step a sequence has no gradient, whatever memory held for one
-            dc = tl.where(_at_units(t <= last), dc, 0.0)
-            da = tl.permute(tl.join(tl.join(di, df), tl.join(dg, do)), (0, 1, 2, 3, 4, 5, 6, 8, 7))
+            carried = tl.where(_at_units(t <= last), carried, 0.0)
+            da = tl.permute(da, (0, 1, 2, 3, 4, 5, 6, 8, 7))
             da = tl.reshape(da, d.shape + (4,)).to(DTYPE)
             at = tl.expand_dims(_at_units(way * gap), 7).to(tl.int64) * (4 * BLOCK_H)
             _store_cells(dgates_ptrs + at, da, _at_units(t <= last), 7)
@@ -211,10 +242,11 @@ def _siamese_wide_bwd_kernel(
                 _arrive(arrived_ptr_of_tile)
 
         if not RESIDENT:
-            _store_cells(carried_dc_ptrs, dc, goes_on, 7)
+            _store_cells(carried_ptrs, carried, goes_on, 7)
 
 
 def siamese_wide_bwd(
+    cell: str,
     dsim: Tensor | None,
     similarity: Tensor,
     scale: float,
@@ -233,7 +265,7 @@ def siamese_wide_bwd(
     pooling: str,
     allow_tf32: bool,
 ) -> Tensor:
-    """Carry gradients back through time; arguments and result are those of `_backward.launch`."""
+    """Carry gradients back through time, of a cell "lstm" or "gru"; see `_backward.launch`."""
     N, P = vectors.shape[0], weight.shape[0]
     H, dtype = vectors.shape[1] // P, vectors.dtype
     block = _tiling.block_h(H)
@@ -250,7 +282,7 @@ def siamese_wide_bwd(
     order = _tiling.longest_first(lengths, B) if tiles > 1 else None
     words = _packing.table_dtype(dtype)
     slots = tiles * tile.sequences
-    carried_dc = torch.empty(
+    carried = torch.empty(
         0 if tile.resident else (P, slots, block), device=vectors.device, dtype=torch.float32
     )
     arrived = torch.zeros(tiles, P, device=vectors.device, dtype=torch.int32)
@@ -267,10 +299,10 @@ def siamese_wide_bwd(
             mask_ptr=lengths if mask is None else mask,
             order_ptr=lengths if order is None else order,
             gates_ptr=gates.view(words),
-            cells_ptr=cells.view(words),
+            before_ptr=cells.view(words) if cell == "lstm" else states,
             peaks_ptr=peaks,
             dgates_ptr=dgates,
-            carried_dc_ptr=carried_dc,
+            carried_ptr=carried,
             arrived_ptr=arrived,
             scale=scale,
             begin=begin,
@@ -280,6 +312,7 @@ def siamese_wide_bwd(
             T=steps,
             H=H,
             zero=0,
+            CELL=cell,
             BLOCK_H=block,
             UNITS=tile.units,
             BLOCK_N=tile.sequences,

@@ -1,4 +1,4 @@
-"""The forward of an LSTM whose units several programs share: kernels, then launcher.
+"""The forward of an LSTM or GRU whose units several programs share: kernels, then launcher.
 
 A program has a slice of the units, and every step waits for all slices of the step before. Either a
 step is a launch, and what a sequence carries from one to the next is in memory; or there is one
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastsiam.kernels import _packing, _tiling, _tiling_wide
+from fastsiam.kernels import _packing, _packing_gru, _tiling, _tiling_wide
 from fastsiam.kernels._forward import (
     _as_accumulator,
     _as_gates,
@@ -19,6 +19,7 @@ from fastsiam.kernels._forward import (
     _load_rows,
     _pool,
     _row_at,
+    _store_state,
     new_results,
 )
 from fastsiam.kernels._math import (
@@ -35,7 +36,9 @@ from fastsiam.kernels._wide import (
     _slots,
     _wait,
 )
-from fastsiam.kernels.siamese_fwd import _cell, _store_gates, _store_state
+from fastsiam.kernels.siamese_fwd import _cell, _store_gates
+from fastsiam.kernels.siamese_gru_fwd import _cell as _gru_cell
+from fastsiam.kernels.siamese_gru_fwd import _store_gates as _store_gru_gates
 
 
 @triton.jit(do_not_specialize=["begin", "end", "tiles", "B", "T", "R", "H", "zero"])
@@ -50,12 +53,14 @@ def _siamese_wide_fwd_kernel(
     pooled_ptr,  # [N, P, H] float32 out: twice the sentence vectors
     outputs_ptr,  # [N, T, P, H] out: h by token (STORE_OUTPUTS)
     # what the backward needs (STORE_RECORDS), see docs/kernels.md
-    gates_ptr,  # [P, N, T + 1, BLOCK_H, 4] out: tanh values i, f, g; derivative of 2h by o's gate
-    cells_ptr,  # [P, N, T + 1, BLOCK_H, 2] out: derivative of 2h by the cell, less 1; the old cell
+    # tanh values i, f, g, and the derivative of 2h by o's gate; or r, z, n, and that of n's by r's
+    gates_ptr,  # [P, N, T + 1, BLOCK_H, 4] out
+    # derivative of 2h by the cell, less 1; the old cell
+    cells_ptr,  # [P, N, T + 1, BLOCK_H, 2] out (CELL "lstm")
     states_ptr,  # [P, N, T + 1, BLOCK_H] out: 2h
     peaks_ptr,  # [N, P, H] out: step of the maximum (POOLING "max")
     # what a step leaves to the next
-    carried_c_ptr,  # [P, S, BLOCK_H] float32 in, out: the cell (not RESIDENT)
+    carried_ptr,  # [P, S, BLOCK_H] float32 in, out: an LSTM's cell, a GRU's 2h (not RESIDENT)
     carried_h_ptr,  # [2, P, S, BLOCK_H] in, out: 2h, of even steps and of odd (not STORE_RECORDS)
     arrived_ptr,  # [tiles, P] in, out: parts of steps that are done, 0 at first (RESIDENT)
     begin,  # the first step of this launch; 0 where RESIDENT
@@ -66,6 +71,7 @@ def _siamese_wide_fwd_kernel(
     R,
     H,
     zero,  # 0
+    CELL: tl.constexpr,  # "lstm" or "gru"
     BLOCK_H: tl.constexpr,  # H with its padding
     UNITS: tl.constexpr,  # of a program: axis 2 of the grid has the slices
     BLOCK_N: tl.constexpr,  # sequences of a tile, a multiple of 8: axis 0 shares out the tiles
@@ -126,26 +132,29 @@ def _siamese_wide_fwd_kernel(
         at_vector = (_at_units(seq).to(tl.int64) * DIRECTIONS + direction) * H + unit_apart
         in_vector = _at_units(live) & (unit_apart < H)
         pooled_ptrs = pooled_ptr + at_vector
-        carried_c_ptrs = carried_c_ptr + (_at_units(slot).to(tl.int64) * BLOCK_H + unit_apart)
+        carried_ptrs = carried_ptr + (_at_units(slot).to(tl.int64) * BLOCK_H + unit_apart)
         # of the columns of a product, where ahead of the loop a change of layout costs little
         columns_last = _as_columns(last)
         columns_row = _as_columns(first_gap if STORE_RECORDS else slot)
         arrived_ptr_of_tile = arrived_ptr + (tile * DIRECTIONS + direction)
 
-        c = tl.zeros((1, COLUMNS, 2, WARPS, 8, 4), tl.float32)
-        v = c - 3.0 if POOLING == "max" else c
-        peak = tl.full(c.shape, -1, tl.int32)
+        carried = tl.zeros((1, COLUMNS, 2, WARPS, 8, 4), tl.float32)
+        v = carried - 3.0 if POOLING == "max" else carried
+        peak = tl.full(carried.shape, -1, tl.int32)
         # whether a launch before this one began the tile, and whether this one goes on with it
-        goes_on = (c == 0.0) & (begin < steps)
+        goes_on = (carried == 0.0) & (begin < steps)
         if not RESIDENT:
             began = goes_on & (begin > 0)
-            c = _load_cells_where(carried_c_ptrs, began, 6)
+            carried = _load_cells_where(carried_ptrs, began, 6)
             if POOLING != "last":
                 before = _load_cells_where(pooled_ptrs, began & in_vector, 6)
                 v = tl.where(began, before, v)
                 if POOLING == "max" and STORE_RECORDS:
                     before = _load_cells_where(peaks_ptr + at_vector, began & in_vector, 6)
                     peak = tl.where(began, before.to(tl.int32), peak)
+        if STORE_RECORDS and CELL == "gru":
+            # the state that a sequence begins with: no step writes it, and the backward reads it
+            _store_state(carried, first_gap, live & (begin == 0), states_ptrs, BLOCK_H)
         for t in range(begin, tl.minimum(end, steps)):
             row = _row_at(t, ids_ptr, first_token, way, final, R, HAS_IDS)
             if RESIDENT:
@@ -177,9 +186,14 @@ def _siamese_wide_fwd_kernel(
                 x = _load_rows(table_ptrs, row, ROW)
             a += _as_accumulator(_gate_pairs(x, DTYPE), UNITS, BLOCK_N)
 
-            i, f, g, o = _as_gates(a, 1, COLUMNS, WARPS)
-            c_before = c
-            i, f, g, o, c, tanh_c, h = _cell(i, f, g, o, c, APPROXIMATE, ASSEMBLY)
+            if CELL == "lstm":
+                i, f, g, o = _as_gates(a, 1, COLUMNS, WARPS)
+                c_before = carried
+                i, f, g, o, carried, tanh_c, h = _cell(i, f, g, o, c_before, APPROXIMATE, ASSEMBLY)
+            else:
+                r, z, n, y = _as_gates(a, 1, COLUMNS, WARPS)
+                r, z, n, n_by_r, h = _gru_cell(r, z, n, y, carried, APPROXIMATE, ASSEMBLY)
+                carried = h
             # the state before all else: others wait for it
             if STORE_RECORDS:
                 gap = first_gap + way * (t + 1)
@@ -190,20 +204,23 @@ def _siamese_wide_fwd_kernel(
             if RESIDENT:
                 _arrive(arrived_ptr_of_tile)
             if STORE_RECORDS:
-                _store_gates(
-                    i,
-                    f,
-                    g,
-                    o,
-                    c_before,
-                    tanh_c,
-                    h,
-                    gap,
-                    t <= last,
-                    gates_ptrs,
-                    cells_ptrs,
-                    BLOCK_H,
-                )
+                if CELL == "lstm":
+                    _store_gates(
+                        i,
+                        f,
+                        g,
+                        o,
+                        c_before,
+                        tanh_c,
+                        h,
+                        gap,
+                        t <= last,
+                        gates_ptrs,
+                        cells_ptrs,
+                        BLOCK_H,
+                    )
+                else:
+                    _store_gru_gates(r, z, n, n_by_r, gap, t <= last, gates_ptrs, BLOCK_H)
             if POOLING == "last":
                 _store_cells(pooled_ptrs, h, _at_units(t == last) & in_vector, 6)
             else:
@@ -215,7 +232,7 @@ def _siamese_wide_fwd_kernel(
                 _store_cells(outputs_ptrs + at, 0.5 * h, inside, 6)
 
         if not RESIDENT:
-            _store_cells(carried_c_ptrs, c, goes_on, 6)
+            _store_cells(carried_ptrs, carried, goes_on, 6)
         if POOLING != "last":
             _store_cells(pooled_ptrs, v, in_vector & goes_on, 6)
             if POOLING == "max" and STORE_RECORDS:
@@ -264,6 +281,7 @@ def _vector(pooled_ptr, lengths_ptr, vectors_ptr, seq, f, F):
 
 
 def siamese_wide_fwd(
+    cell: str,
     table: Tensor,
     weight: Tensor,
     ids: Tensor | None,
@@ -280,7 +298,7 @@ def siamese_wide_fwd(
     store_records: bool,
     store_outputs: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Run all sequences; arguments and results are those of `_forward.launch`."""
+    """Run all sequences of a cell, "lstm" or "gru"; the rest is as in `_forward.launch`."""
     N, P = lengths.shape[0], table.shape[1]
     B = N // 2 if paired else N
     block = _tiling.block_h(H)
@@ -294,14 +312,15 @@ def siamese_wide_fwd(
     pooled = torch.empty_like(vectors, dtype=torch.float32)
     similarity = pooled.new_empty(B if paired else 0)
     distance = torch.empty_like(similarity)
-    shapes = _packing.record_shapes(N, steps, H, P) if store_records else ((0,),) * 3
+    packing = _packing if cell == "lstm" else _packing_gru
+    shapes = packing.record_shapes(N, steps, H, P) if store_records else ((0,),) * 3
     kept = new_results(vectors, shapes, steps, pooling, store_records, store_outputs)
     outputs, gates, cells, states, peaks = kept
     results = similarity, distance, vectors, *kept
     if N == 0:
         return results
     slots = tiles * tile.sequences
-    carried_c = pooled.new_empty(0 if tile.resident else (P, slots, block))
+    carried = pooled.new_empty(0 if tile.resident else (P, slots, block))
     carried_h = vectors.new_empty(0 if store_records else (2, P, slots, block))
     arrived = torch.zeros(tiles, P, device=table.device, dtype=torch.int32)
     order = _tiling.longest_first(lengths, B) if tiles > 1 else None
@@ -319,7 +338,7 @@ def siamese_wide_fwd(
             cells_ptr=cells,
             states_ptr=states,
             peaks_ptr=peaks,
-            carried_c_ptr=carried_c,
+            carried_ptr=carried,
             carried_h_ptr=carried_h,
             arrived_ptr=arrived,
             begin=begin,
@@ -330,6 +349,7 @@ def siamese_wide_fwd(
             R=table.shape[0],
             H=H,
             zero=0,
+            CELL=cell,
             BLOCK_H=block,
             UNITS=tile.units,
             BLOCK_N=tile.sequences,

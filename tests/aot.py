@@ -127,15 +127,21 @@ KERNELS = {
     "siamese_gru_bwd_max": (_siamese_gru_bwd_kernel, PLAIN_BWD | MAXIMUM),
     "siamese_gru_bwd_encode": (_siamese_gru_bwd_kernel, ENCODE_BWD),
     "siamese_gru_bwd_outputs": (_siamese_gru_bwd_kernel, PLAIN_BWD | {"HAS_DOUTPUTS": True}),
-    "siamese_wide_fwd": (_siamese_wide_fwd_kernel, PLAIN_FWD | {"HAS_ORDER": True}),
-    "siamese_wide_fwd_train": (_siamese_wide_fwd_kernel, TRAIN | {"HAS_ORDER": True}),
-    "siamese_wide_bwd": (_siamese_wide_bwd_kernel, PLAIN_BWD | {"HAS_ORDER": True}),
-    "siamese_wide_fwd_train_max": (_siamese_wide_fwd_kernel, TRAIN | BOTH_WAYS | MAXIMUM),
-    "siamese_wide_fwd_outputs": (_siamese_wide_fwd_kernel, PLAIN_FWD | {"STORE_OUTPUTS": True}),
-    "siamese_wide_bwd_outputs": (
-        _siamese_wide_bwd_kernel,
-        PLAIN_BWD | BOTH_WAYS | MASKED | {"HAS_DOUTPUTS": True},
-    ),
+    **{
+        f"{prefix}_{name}": (kernel, flags | {"CELL": cell})
+        for prefix, cell in (("siamese_wide", "lstm"), ("siamese_wide_gru", "gru"))
+        for name, (kernel, flags) in {
+            "fwd": (_siamese_wide_fwd_kernel, PLAIN_FWD | {"HAS_ORDER": True}),
+            "fwd_train": (_siamese_wide_fwd_kernel, TRAIN | {"HAS_ORDER": True}),
+            "bwd": (_siamese_wide_bwd_kernel, PLAIN_BWD | {"HAS_ORDER": True}),
+            "fwd_train_max": (_siamese_wide_fwd_kernel, TRAIN | BOTH_WAYS | MAXIMUM),
+            "fwd_outputs": (_siamese_wide_fwd_kernel, PLAIN_FWD | {"STORE_OUTPUTS": True}),
+            "bwd_outputs": (
+                _siamese_wide_bwd_kernel,
+                PLAIN_BWD | BOTH_WAYS | MASKED | {"HAS_DOUTPUTS": True},
+            ),
+        }.items()
+    },
     # without a loop
     "score": (_score_kernel, {"PAIRED": True, "HAS_LEARNED_SCALE": True, "BLOCK_F": 512}),
     "pack": (_pack_kernel, PACK),
@@ -247,13 +253,16 @@ LAYERS = {
     "score": 4,
 }
 WIDE = ("siamese_wide_fwd", "siamese_wide_fwd_train", "siamese_wide_bwd")
+WIDE_GRU = tuple(kernel.replace("wide", "wide_gru") for kernel in WIDE)
 WIDE_VARIANTS = tuple(
-    kernel for kernel in KERNELS if kernel.startswith("siamese_wide") and kernel not in WIDE
+    kernel
+    for kernel in KERNELS
+    if kernel.startswith("siamese_wide") and kernel not in (*WIDE, *WIDE_GRU)
 )
 VARIANTS = tuple(
     kernel
     for kernel in KERNELS
-    if kernel not in (*PLAIN, *GRU, *LAYERS, *WIDE, *WIDE_VARIANTS, "manhattan_pairs")
+    if kernel not in (*PLAIN, *GRU, *LAYERS, *WIDE, *WIDE_GRU, *WIDE_VARIANTS, "manhattan_pairs")
 )
 # of a test run: every bound that is promised on sm_90, and the hardest shape elsewhere
 _QUICK = {
@@ -364,6 +373,7 @@ def compile_job(job: Job) -> Any:
         "peaks_ptr": "*i32",
         "gates_ptr": words if backward else element,
         "cells_ptr": words if backward else element,
+        "before_ptr": element if flags.get("CELL") == "gru" else words,
         "states_ptr": element,
         "dgates_ptr": element,
         **{f"{way}{name}_ptr": element for way in ("weight_", "packed_") for name in ("ih", "hh")},
@@ -511,7 +521,7 @@ def wide_jobs(quick: bool) -> list[Job]:
     """Return the same for the kernels of a wide H."""
     plan: list[tuple[str, str, str, int, int]] = []
     targets = ("sm_80", "sm_120") if quick else ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
-    for kernel in WIDE:
+    for kernel in (*WIDE, *WIDE_GRU):
         plan += [(kernel, "sm_90", "bfloat16", H, N) for H, N in ((256, FEW), (1024, MANY))]
         plan.append((kernel, "sm_90", "float32", 1024, MANY))
         plan += [(kernel, target, "bfloat16", 256, FEW) for target in targets]
@@ -520,11 +530,11 @@ def wide_jobs(quick: bool) -> list[Job]:
         plan += [
             (kernel, target, dtype, *shape)
             for kernel, target, dtype, shape in itertools.product(
-                WIDE, targets, ("bfloat16", "tf32", "float32"), shapes
+                (*WIDE, *WIDE_GRU), targets, ("bfloat16", "tf32", "float32"), shapes
             )
         ]
-    plan.append(("siamese_wide_fwd", "sm_90", "bfloat16", 512, FEW))
-    plan.append(("siamese_wide_fwd_train", "sm_90", "tf32", 256, FEW))
+    plan += [(kernel, "sm_90", "bfloat16", 512, FEW) for kernel in (WIDE[0], WIDE_GRU[0])]
+    plan += [(kernel, "sm_90", "tf32", 256, FEW) for kernel in (WIDE[1], WIDE_GRU[1])]
     plan += [(kernel, "sm_90", "bfloat16", 256, FEW) for kernel in WIDE_VARIANTS]
     jobs = [wide_job(*shape) for shape in plan]
     # unlike batches may have one tile

@@ -37,6 +37,8 @@ QUICK = [
     # in one launch, and in two: a step each
     cases.Case(D=1, H=256, dtype=torch.float16, inputs="ids", pooling="max", directions=2),
     cases.Case(B=1, T_left=1, T_right=2, D=1, H=129, inputs="ids, trained", learned_scale=True),
+    cases.Case(D=1, H=256, dtype=torch.bfloat16, pooling="mask", cell="gru"),
+    cases.Case(B=1, T_left=1, T_right=2, H=129, inputs="ids, trained", directions=2, cell="gru"),
 ]
 
 

@@ -99,7 +99,7 @@ def test_auto_on_a_gpu_above_the_narrow_hidden_sizes(triton):
 
     def resolve_wide(H, machine, cell="lstm"):
         call = CALL._replace(H=H, cell=cell)
-        return resolve_backend("f", "auto", CUDA, torch.float32, H, call, machine, cell=cell)
+        return resolve_backend("f", "auto", CUDA, torch.float32, H, call, machine)
 
     backend, reason = resolve_wide(256, machine="another GPU")
     assert backend == "lstm"
@@ -112,8 +112,9 @@ def test_auto_on_a_gpu_above_the_narrow_hidden_sizes(triton):
     assert resolve_wide(128, machine=GPU).reason.endswith(
         "H = 64, 64 sequences of up to 64 steps, 100% filled)"
     )
-    # the GRU's kernels end at 128
-    assert resolve_wide(200, machine=GPU, cell="gru").reason.startswith("H must be at most 128")
+    # the GRU was not measured
+    assert resolve_wide(200, machine=GPU, cell="gru").reason.startswith("H is above 128")
+    assert resolve_wide(2049, machine=GPU).reason.startswith("H must be at most 2048")
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference", "lstm"])

@@ -27,7 +27,9 @@ def four_gates(weight, gates, block, factors=FACTORS[0], times=1.0):
         for H, D, block in [(1, 1, 32), (32, 7, 32), (33, 65, 64), (50, 130, 64), (101, 3, 128)]
         for cell in ("lstm", "gru")
     ]
-    + [(129, 65, 192, "lstm"), (256, 1, 256, "lstm")],
+    + [
+        (H, D, block, c) for H, D, block in [(129, 65, 192), (256, 1, 256)] for c in ("lstm", "gru")
+    ],
 )
 def test_every_bit_is_in_its_place(triton, H, D, block, cell, P, dtype):
     from fastsiam.kernels._pack import Operand, pack
@@ -69,7 +71,7 @@ def test_every_bit_is_in_its_place(triton, H, D, block, cell, P, dtype):
     halves = [half.transpose(1, 2).reshape(P, -1) for half in (first, second)]
     transposed = torch.cat(halves, dim=1)
     if H > 128:
-        # a unit's gates together, as records have them
+        # a unit's gates together, as records have them, n's too
         transposed = full.permute(0, 3, 2, 1).reshape(P, -1)
     assert torch.equal(both[3].reshape(P, -1), transposed)
     assert torch.equal(back[3], both[3])

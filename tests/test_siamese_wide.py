@@ -1,12 +1,14 @@
 """Hidden sizes above 128, whose units several programs share: against the definition in float64."""
 
+import dataclasses
+
 import pytest
 import torch
 from cases import DEVICE, Case
 from test_siamese_lstm import check
 from torch.library import opcheck
 
-from fastsiam import SiameseLSTM, _layer, _ops
+from fastsiam import SiameseGRU, SiameseLSTM, _layer, _ops
 
 # between them every option of the kernels: some thousand units and few tokens are quick enough
 ODD = [
@@ -17,12 +19,16 @@ ODD = [
     Case(B=4, T_left=2, T_right=1, H=130, inputs="ids, trained", directions=2, pooling="max"),
     Case(B=2, T_left=1, T_right=1, H=200, lengths="zeros"),
 ]
+ODD += [dataclasses.replace(case, cell="gru") for case in ODD]
+# without biases nothing but the product reaches what a GRU's reset gate multiplies
+ODD.append(Case(B=2, T_left=3, T_right=2, H=131, bias=False, layers=2, cell="gru"))
 LARGE = [
     Case(B=257, T_left=40, T_right=31, D=31, H=256, dtype=torch.bfloat16, inputs="ids, trained"),
     Case(B=64, T_left=31, T_right=40, D=300, H=512, directions=2, pooling="mean"),
     Case(B=33, T_left=17, T_right=9, D=31, H=1024, dtype=torch.float16, layers=2, pooling="mask"),
     Case(B=5, T_left=9, T_right=3, D=7, H=2048, call="log_similarity", learned_scale=True),
 ]
+LARGE += [dataclasses.replace(case, cell="gru") for case in LARGE]
 
 
 @pytest.mark.parametrize("case", ODD, ids=str)
@@ -30,11 +36,12 @@ def test_value_and_gradient(triton, case):
     check(case, "triton")
 
 
-def test_all_states(triton):
+@pytest.mark.parametrize(("cell", "gates"), [("lstm", 4), ("gru", 3)])
+def test_all_states(triton, cell, gates):
     """What a layer gives to the next, and the gradients of it, are those of the other backend."""
     torch.manual_seed(0)
     H, N, steps = 129, 3, 2
-    shapes = (N * steps, 3), (2, 4 * H, 3), (2, 4 * H, H), (2, 4 * H)
+    shapes = (N * steps, 3), (2, gates * H, 3), (2, gates * H, H), (2, 4 * H)
     leaves = [
         torch.randn(*shape, device=DEVICE).div_(shape[-1] ** 0.5).requires_grad_()
         for shape in shapes
@@ -44,7 +51,7 @@ def test_all_states(triton):
     lengths = torch.tensor([2, 0, 1], device=DEVICE)
     results = []
     for backend in ("triton", "torch"):
-        rest = (None, 1.0, steps, "last", False, True, False, False, "lstm", backend)
+        rest = (None, 1.0, steps, "last", False, True, False, False, cell, backend)
         states = _ops.siamese_fwd(x, None, lengths, None, *weights, *rest)[3]
         results.append([states, *torch.autograd.grad(states, leaves, upstream)])
     for one, other in zip(*results, strict=True):
@@ -81,6 +88,9 @@ def in_one_launch(triton, monkeypatch):
         Case(B=9, T_left=3, T_right=2, H=129, directions=2, inputs="ids"),
         Case(B=3, T_left=4, T_right=1, H=200, dtype=torch.float16, pooling="max"),
         Case(B=2, T_left=2, T_right=1, H=150, dtype=torch.bfloat16, pooling="mask", call="encode"),
+        Case(B=9, T_left=2, T_right=3, H=129, directions=2, inputs="ids", cell="gru"),
+        Case(B=3, T_left=3, T_right=1, H=200, dtype=torch.float16, pooling="max", cell="gru"),
+        Case(B=2, T_left=2, H=150, dtype=torch.bfloat16, pooling="mask", call="encode", cell="gru"),
     ],
     ids=str,
 )
@@ -125,40 +135,45 @@ def test_large(triton, case):
 
 
 @pytest.mark.gpu
-def test_tf32(triton, monkeypatch):
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_tf32(triton, monkeypatch, cell):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     # of tf32's 10 bits of mantissa
-    check(Case(B=17, T_left=7, T_right=9, H=200, inputs="ids"), "triton", eps=2**-10)
+    check(Case(B=17, T_left=7, T_right=9, H=200, inputs="ids", cell=cell), "triton", eps=2**-10)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_sanitize(triton, dtype):
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_sanitize(triton, cell, dtype):
     """For compute-sanitizer: a launch a step, and one in all; ids of no row behind the ends."""
-    check(Case(B=33, T_left=4, T_right=3, H=130, dtype=dtype, inputs="ids, trained"), "triton")
+    case = Case(B=33, T_left=4, T_right=3, H=130, dtype=dtype, inputs="ids, trained", cell=cell)
+    check(case, "triton")
 
 
+@pytest.mark.parametrize(("cell", "gates"), [("lstm", 4), ("gru", 3)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_operators(triton, dtype):
+def test_operators(triton, dtype, cell, gates):
     """What the compiler is told of shapes and dtypes is what comes."""
     torch.manual_seed(0)
     H, steps = 129, 1
     x, weight_ih, weight_hh = (
         torch.randn(*shape, device=DEVICE, dtype=dtype)
-        for shape in ((4, 3), (1, 4 * H, 3), (1, 4 * H, H))
+        for shape in ((4, 3), (1, gates * H, 3), (1, gates * H, H))
     )
     weights = weight_ih, weight_hh, None
-    opcheck(_ops.siamese_prepare, (x, *weights, "lstm", "triton"), test_utils="test_faketensor")
+    opcheck(_ops.siamese_prepare, (x, *weights, cell, "triton"), test_utils="test_faketensor")
     lengths = torch.tensor([1, 0, 1, 1], device=DEVICE)
-    rest = (None, 1.0, steps, "max", True, True, False, False, "lstm", "triton")
+    rest = (None, 1.0, steps, "max", True, True, False, False, cell, "triton")
     args = (x, None, lengths, None, *weights, *rest)
     opcheck(_ops.siamese_fwd, args, test_utils="test_faketensor")
 
 
-def test_gradients_of_any_size(triton):
+@pytest.mark.parametrize("kind", [SiameseLSTM, SiameseGRU])
+def test_gradients_of_any_size(triton, kind):
     """Small gradients from outside give as many small ones, bit for bit."""
     torch.manual_seed(0)
-    m = SiameseLSTM(5, 129, backend="triton", device=DEVICE)
+    m = kind(5, 129, backend="triton", device=DEVICE)
     x = torch.randn(2, 2, 5, device=DEVICE, requires_grad=True)
     h, leaves = m.encode(x, [2, 1]), [x, *m.parameters()]
     upstream = torch.randn_like(h)
@@ -169,10 +184,11 @@ def test_gradients_of_any_size(triton):
         assert torch.equal(gradient, other * 2.0**-70)
 
 
-def test_bits_do_not_depend_on_batch_or_order(triton):
+@pytest.mark.parametrize("kind", [SiameseLSTM, SiameseGRU])
+def test_bits_do_not_depend_on_batch_or_order(triton, kind):
     """A pair beside others, in tiles sorted by length, is what it is alone, or swapped."""
     torch.manual_seed(0)
-    m = SiameseLSTM(5, 129, embedding=torch.randn(9, 5), backend="triton", device=DEVICE)
+    m = kind(5, 129, embedding=torch.randn(9, 5), backend="triton", device=DEVICE)
     left, right = torch.randint(9, (2, 20, 3), device=DEVICE)
     left_lengths, right_lengths = torch.randint(4, (2, 20), device=DEVICE)
     with torch.no_grad():
