@@ -227,12 +227,19 @@ BOUNDS_16 = {
     ("siamese_wide_fwd_train", "bfloat16", 256, 4): 400,
     ("siamese_wide_fwd_train", "tf32", 256, 4): 580,
     ("siamese_wide_bwd", "bfloat16", 256, 4): 620,
+    ("siamese_wide_gru_fwd", "bfloat16", 256, 4): 332,
+    ("siamese_wide_gru_fwd_train", "bfloat16", 256, 4): 373,
+    ("siamese_wide_gru_fwd_train", "tf32", 256, 4): 554,
+    ("siamese_wide_gru_bwd", "bfloat16", 256, 4): 629,
 }
 # with 64, a launch a step: a piece of its product
 BOUNDS_64 = {
     ("siamese_wide_fwd", "bfloat16", 1024, 8): 108,
     ("siamese_wide_fwd_train", "bfloat16", 1024, 8): 107,
     ("siamese_wide_bwd", "bfloat16", 1024, 8): 100,
+    ("siamese_wide_gru_fwd", "bfloat16", 1024, 8): 108,
+    ("siamese_wide_gru_fwd_train", "bfloat16", 1024, 8): 107,
+    ("siamese_wide_gru_bwd", "bfloat16", 1024, 8): 100,
 }
 BOUNDS_OF = {8: BOUNDS, 16: BOUNDS_16, 32: {}, 64: BOUNDS_64}
 # where gate gradients are scaled for float16, their largest passes between warps

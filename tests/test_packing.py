@@ -24,11 +24,16 @@ def four_gates(weight, gates, block, factors=FACTORS[0], times=1.0):
     ("H", "D", "block", "cell"),
     [
         (H, D, block, cell)
-        for H, D, block in [(1, 1, 32), (32, 7, 32), (33, 65, 64), (50, 130, 64), (101, 3, 128)]
+        for H, D, block in [
+            (1, 1, 32),
+            (32, 7, 32),
+            (33, 65, 64),
+            (50, 130, 64),
+            (101, 3, 128),
+            (129, 65, 192),
+            (256, 1, 256),
+        ]
         for cell in ("lstm", "gru")
-    ]
-    + [
-        (H, D, block, c) for H, D, block in [(129, 65, 192), (256, 1, 256)] for c in ("lstm", "gru")
     ],
 )
 def test_every_bit_is_in_its_place(triton, H, D, block, cell, P, dtype):
