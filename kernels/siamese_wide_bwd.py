@@ -200,11 +200,14 @@ def _siamese_wide_bwd_kernel(
                 WIDEN,
                 PRECISION,
             )
+            d = _as_cells(dh, 1, COLUMNS, WARPS)
+            if CELL == "gru":
+                # before the loads, which then have its registers
+                d += carried
             if not RESIDENT:
                 # not before the product, which needs the registers
                 gates = _load_gates(gates_ptrs, row, GATES * BLOCK_H, DTYPE)
                 before = _load_before(before_ptrs, row, BEFORE * BLOCK_H, DTYPE, CELL)
-            d = _as_cells(dh, 1, COLUMNS, WARPS)
             d += _upstream(
                 t + 1,
                 dv,
@@ -229,7 +232,7 @@ def _siamese_wide_bwd_kernel(
             else:
                 r, z, n, n_by_r = _gates(gates, DTYPE)
                 h_by_n, h_by_z = _gru_derivatives(z, n, before.to(tl.float32))
-                dr, dz, dn, dy, carried = _gru_gradients(d + carried, r, z, n_by_r, h_by_n, h_by_z)
+                dr, dz, dn, dy, carried = _gru_gradients(d, r, z, n_by_r, h_by_n, h_by_z)
                 # columns of 0 in the weight keep dn out of the product
                 da = tl.join(tl.join(dr, dz), tl.join(dn, dy))
             # before its last step a sequence has no gradient, whatever memory held for one
