@@ -273,6 +273,18 @@ def test_what_differs_is_named(files, tmp_path):
         train(replace(config, train=moved, out=tmp_path / "there"))
 
 
+def test_no_model_is_written_before_its_checkpoint(files, tmp_path):
+    class Killed(Stopper):
+        def on_epoch(self, _record, _best):
+            assert len(Checkpoint(config.out / "checkpoints").files()) >= 1
+            raise RuntimeError
+
+    config = make_config(files, tmp_path / "run")
+    with pytest.raises(RuntimeError):
+        train(config, Killed(10**9))
+    train(replace(config, resume=True))
+
+
 def test_resume_starts_where_there_is_nothing(files, tmp_path):
     train(make_config(files, tmp_path / "a"))
     train(make_config(files, tmp_path / "b", resume=True))

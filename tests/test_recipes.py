@@ -631,6 +631,50 @@ def test_an_interrupted_ensemble_is_resumed(files):
         assert (cut.out / name).read_bytes() == (whole.out / name).read_bytes()
 
 
+def test_resume_refuses_other_settings_and_loses_nothing(files):
+    def written(folder):
+        return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    many = make_config(files, ensemble=2, calibrate=True, folds=2, epochs=1)
+    one = make_config(files, epochs=1, out=many.out.with_name("one"))
+    alone = dataclasses.replace(one, out=many.out.with_name("alone"))
+    for config in (one, many):
+        run_recipe(config)
+    alone.out.mkdir()
+    for name in ("config.json", "model.safetensors", "vocabulary.json"):
+        (alone.out / name).write_bytes((one.out / name).read_bytes())
+
+    def refused(config, match, **changes):
+        before = written(config.out)
+        with pytest.raises(ValueError, match=match):
+            run_recipe(dataclasses.replace(config, resume=True, **changes))
+        assert written(config.out) == before
+
+    refused(many, "resume: ensemble and calibrate must be", ensemble=1, calibrate=False)
+    refused(many, "resume: ensemble must be what it was in .*, 2, got 1", ensemble=1)
+    refused(many, "resume: ensemble must be what it was in .*, 2, got 3", ensemble=3)
+    refused(many, "resume: calibrate must be what it was in .*, True, got False", calibrate=False)
+    refused(one, "resume: ensemble and calibrate must be", ensemble=2)
+    refused(one, "resume: ensemble and calibrate must be", calibrate=True)
+    for changes in ({}, {"hidden_size": 20}, {"ensemble": 2}):
+        refused(alone, "alone must hold the checkpoints of its run, got config.json", **changes)
+    for path in (many.out / "members" / "0" / "checkpoints").iterdir():
+        path.unlink()
+    refused(many, "got config.json and nothing in members/0/checkpoints")
+
+
+def test_the_seeds_of_members_start_again_behind_the_last(files):
+    config = make_config(files, ensemble=2, epochs=1, seed=2**63 - 1)
+    run_recipe(config)
+    seeds = [
+        json.loads((config.out / "members" / str(number) / "run.json").read_text())["config"][
+            "seed"
+        ]
+        for number in range(2)
+    ]
+    assert seeds == [2**63 - 1, 0]
+
+
 def test_evaluate_shows_both_figures_of_a_calibrated_model(files):
     config = make_config(files, calibrate=True, folds=2, epochs=1)
     run_recipe(config)

@@ -191,7 +191,7 @@ class Config:
             raise ValueError(f"dropout must be from 0 to below 1, got {self.dropout}")
         if self.forget_bias is not None and not math.isfinite(self.forget_bias):
             raise ValueError(f"forget_bias must be finite, got {self.forget_bias}")
-        if not 0 <= self.seed < 2**63 - self.ensemble:
+        if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be from 0 to 2**63 - 1, got {self.seed}")
         if not self.vectors:
             raise ValueError("vectors must name at least one file, got none")

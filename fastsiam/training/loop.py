@@ -32,11 +32,11 @@ from fastsiam.training.stream import StreamBatches
 from fastsiam.training.world import World, find_world
 
 NEEDED = ("gensim", "matplotlib", "nltk", "safetensors", "scipy")
-# settings that a resumed run may change: names of places, and how a recipe is carried out.
+# settings that a resumed run may change: names of places, and what is told of the run.
 # What the files hold is compared instead of their names
 FREE = {
     *("train", "dev", "test", "pretrain", "vectors", "synonyms", "spelling", "out"),
-    *("device", "resume", "checkpoint_every", "log_every", "tensorboard", "ensemble", "calibrate"),
+    *("device", "resume", "checkpoint_every", "log_every", "tensorboard"),
 }
 
 

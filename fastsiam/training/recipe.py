@@ -47,7 +47,7 @@ def run_recipe(config: Config, watcher: Watcher | None = None) -> Result:
     if config.ensemble == 1 and not config.calibrate:
         return train(config, watcher)
     world = find_world(pick_device(config.device))
-    folder = RunFolder(config.out, config.resume) if world.main else None
+    folder = RunFolder(config.out, config.resume, many=True) if world.main else None
     inputs = load_inputs(config)
     progress = _Progress(watcher, inputs, config)
 
@@ -106,9 +106,7 @@ def _run(config: Config, number: int, kind: str, inputs: Inputs, progress: _Prog
         config,
         out=config.out / f"{kind}s" / str(number),
         test=None,
-        ensemble=1,
-        calibrate=False,
-        seed=config.seed + number % config.ensemble,
+        seed=(config.seed + number % config.ensemble) % 2**63,
     )
     return train(one, progress, inputs)
 

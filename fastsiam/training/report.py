@@ -17,22 +17,12 @@ from torch import Tensor
 from fastsiam.text.datasets import Pairs
 from fastsiam.whole_file import write_file
 
-# what a run leaves in its folder
-OWN = {
-    "checkpoints",
-    "config.json",
-    "folds",
-    "last",
-    "members",
-    "metrics.csv",
-    "model.safetensors",
-    "plot.png",
-    "predictions.tsv",
-    "run.json",
-    "steps.csv",
-    "tensorboard",
-    "vocabulary.json",
-}
+# what a run leaves in its folder: any run, that of one model, and that of several
+OWN = {"config.json", "model.safetensors", "predictions.tsv", "run.json", "vocabulary.json"}
+OF_ONE = {"checkpoints", "last", "metrics.csv", "plot.png", "steps.csv", "tensorboard"}
+OF_MANY = {"folds", "members"}
+# what may be there before the first checkpoint
+BEGUN = {"checkpoints", "members", "metrics.csv", "steps.csv", "tensorboard"}
 
 
 @dataclass(frozen=True)
@@ -83,13 +73,15 @@ class RunFolder:
     Args:
         path: a folder that is empty or does not exist.
         resume: it may also be one that a run has begun to fill.
+        many: the run is one of several models, each in a folder of its own below this one.
 
     Raises:
-        ValueError: the path is a file or a folder with something else in it.
+        ValueError: the path is a file, a folder with something else in it, or one with a model and
+            without the checkpoints that it came of.
         OSError: the folder cannot be made or written.
     """
 
-    def __init__(self, path: Path, resume: bool = False) -> None:
+    def __init__(self, path: Path, resume: bool = False, many: bool = False) -> None:
         if path.exists() and not path.is_dir():
             raise ValueError(f"out must be a new or empty folder, got the file {path}")
         inside = {entry.name for entry in path.iterdir()} if path.exists() else set()
@@ -99,11 +91,22 @@ class RunFolder:
                 "resume the run that it holds"
             )
         # the parts of files that were being written when the run was killed
-        foreign = {name for name in inside - OWN if not name.endswith(".part")}
-        if foreign:
+        inside = {name for name in inside if not name.endswith(".part")}
+        if strange := inside - OWN - OF_ONE - OF_MANY:
             raise ValueError(
                 f"out must be a new or empty folder or that of a run to resume, got {path} with "
-                f"{min(foreign)} in it"
+                f"{min(strange)} in it"
+            )
+        if other := inside & (OF_ONE if many else OF_MANY):
+            raise ValueError(
+                f"resume: ensemble and calibrate must be what they were in {path}, which has "
+                f"{min(other)} in it; give those, or name a new folder"
+            )
+        state = "members/0/checkpoints" if many else "checkpoints"
+        if inside - BEGUN and not any(path.glob(f"{state}/step-*.safetensors")):
+            raise ValueError(
+                f"resume: {path} must hold the checkpoints of its run, got {min(inside - BEGUN)} "
+                f"and nothing in {state}; name a new folder"
             )
         path.mkdir(parents=True, exist_ok=True)
         # a disk that cannot be written is noticed now, before any work

@@ -174,12 +174,13 @@ class Run:
             self.best, self.kept = record, copy_weights(self.objective)
         if self.logs is not None:
             self.logs.epoch(self.step, record)
-        self._tell(lambda observer: observer.on_epoch(record, better))
         self.running = Running(self.device)
         self.epoch, self.done, self.seconds = self.epoch + 1, 0, 0.0
         self.order = self.generator.get_state()
+        # before the observer writes the model: one without a checkpoint is no run to go on with
         if self.checkpoint is not None:
             self._save()
+        self._tell(lambda observer: observer.on_epoch(record, better))
 
     def _look(self, phase: Phase) -> int:
         """Return the number of skipped steps so far, unless there were ten in a row."""
