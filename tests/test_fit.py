@@ -325,7 +325,7 @@ def test_logs_come_every_few_steps_and_go_on_after_a_resume(tmp_path):
 
     whole = run("whole")
     assert [int(row["step"]) for row in whole] == [3, 6, 9, 12, 15, 18, 21, 24]
-    run("parts", stop_at=13)
+    run("parts", stop_at=14)  # asked after an epoch too: at step 13
     with (tmp_path / "parts" / "steps.csv").open("a") as file:
         file.write("15,train,2,0.5\n18,tr")  # of a run that was killed later on
     parts = run("parts")

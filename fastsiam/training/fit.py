@@ -72,8 +72,8 @@ def fit(
         generator: CPU generator of the order of the pairs; None: one of seed 0.
         checkpoint: where states are kept; None: nowhere.
         precision: "bf16" computes the objective under bfloat16 autocast; weights stay float32.
-        stop: asked after each step, among several processes after each 50th; a number other than 0
-            ends training there.
+        stop: asked after each step, among several processes after each 50th, and after each epoch;
+            a number other than 0 ends training there.
         observer: told of the progress.
         logs: where figures go every few steps; None: nowhere.
         world: the processes that share the work; None: this one alone.

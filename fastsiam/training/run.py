@@ -127,6 +127,8 @@ class Run:
         )
         if not self.signal:
             self._end_epoch(phase)
+            # what came while dev was scored
+            self.signal = max(self.world.gather(self.signal or self.stop()))
 
     def _batches(self, phase: Phase) -> Iterable[Any]:
         """Return the batches that are left of this epoch."""
