@@ -358,6 +358,9 @@ def test_entailment_labels_are_read(tmp_path):
     del lines[3]["Entailment_Judgment"]
     jsonl.write_text("\n".join(map(json.dumps, lines)))
     assert read_pairs(jsonl).entailment == [1, 0, 2, -1]
+    first = dict.fromkeys(LABELLED[:3], "1")  # it need not have the key
+    jsonl.write_text("\n".join(map(json.dumps, [first, first | {LABELLED[3]: "NEUTRAL"}])))
+    assert read_pairs(jsonl).entailment == [-1, 1]
     legacy = tmp_path / "a.p"
     legacy.write_bytes(pickle.dumps([[*row, 7] for row in rows], protocol=0))
     assert read_pairs(legacy).entailment == [1, 0, 2, -1]

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastsiam.text.datasets import DataError, Pairs, drop_repeats, read_pairs
+from fastsiam.text.scored import stream_pairs
 
 DATA = Path(__file__).parent / "data"
 STS = "sentence1\tsentence2\tscore\n"
@@ -165,6 +166,17 @@ def test_bad_json_line(write, line, message):
     path = write("x.jsonl", '{"l": "a", "r": "b", "s": 1}\n' + line + "\n")
     with pytest.raises(DataError, match=message):
         read_pairs(path, columns=("l", "r", "s"))
+
+
+@pytest.mark.parametrize("read", [read_pairs, lambda *a, **o: list(stream_pairs(*a, **o))])
+def test_every_column_is_another_one(write, read):
+    twice = write("x.tsv", "sentence_A\tsentence_A\tsentence_B\trelatedness_score\na\tx\tb\t1\n")
+    with pytest.raises(DataError, match="the header names the column 'sentence_A' more than once"):
+        read(twice)
+    path = write("y.tsv", "l\tr\ts\nx\ty\t2\n")
+    with pytest.raises(ValueError, match=r"three different names, got 'L' for the column 'l'") as e:
+        read(path, columns=("l", "L", "s"))
+    assert not isinstance(e.value, DataError)
 
 
 def test_missing_column(write):

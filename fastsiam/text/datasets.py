@@ -103,7 +103,7 @@ def read_pairs(
         DataError: the file cannot be read, lacks a column, or has a line that is not two sentences
             and a score within the range.
         ValueError: `score_range` is not two finite numbers, the lower first, or `columns` is not
-            three different names.
+            names of three different columns.
     """
     if columns is not None and (
         isinstance(columns, str) or not len(columns) == len(set(columns)) == 3
@@ -121,9 +121,8 @@ def read_pairs(
     else:
         header, table = read_table(path, data)
         names, limits = _choose_columns(path, header, columns)
-        if twice := next((name for name in names if header.count(name) > 1), None):
-            raise DataError(f"{path}: the header names the column {twice!r} more than once")
-        label = find_columns(header, [ENTAILMENT_COLUMN])[0] or ""
+        # the first record of JSON lines may lack a label that others have
+        label = find_columns(header, [ENTAILMENT_COLUMN])[0] or ENTAILMENT_COLUMN
         rows = ((where, [*(row[name] for name in names), row.get(label)]) for where, row in table)
     low, high = score_range or limits
     pairs = Pairs([], [], [], (float(low), float(high)))
@@ -201,22 +200,27 @@ def _choose_columns(
 ) -> tuple[list[str], tuple[float, float]]:
     """Return the header's names of the two sentences and the score, and the default range."""
     shown = textwrap.shorten(", ".join(header), 200, placeholder=" ...")
-    chosen = find_columns(header, columns) if columns else None
-    for known, limits in KNOWN_HEADERS.items():
-        found = find_columns(header, known)
-        if None not in found and chosen in (None, found):
-            return [name for name in found if name is not None], limits
-    if columns is None or chosen is None:
+    by_header = [known for known in KNOWN_HEADERS if None not in find_columns(header, known)]
+    wanted = columns or next(iter(by_header), None)
+    if wanted is None:
         raise DataError(
             f"{path}: the header is none of the known ones; name the two sentences and the score "
             f"(columns=, --columns LEFT,RIGHT,SCORE); the columns are {shown}"
         )
     names = []
-    for wanted, name in zip(columns, chosen, strict=True):
+    for asked, name in zip(wanted, find_columns(header, wanted), strict=True):
         if name is None:
-            raise DataError(f"{path}: no column {wanted!r}; the columns are {shown}")
+            raise DataError(f"{path}: no column {asked!r}; the columns are {shown}")
+        if header.count(name) > 1:
+            raise DataError(f"{path}: the header names the column {name!r} more than once")
+        if name in names:
+            raise ValueError(
+                f"{path}: columns must be three different names, got {asked!r} for the column "
+                f"{name!r}, which is named already"
+            )
         names.append(name)
-    return names, DEFAULT_RANGE
+    limits = (KNOWN_HEADERS[known] for known in by_header if find_columns(header, known) == names)
+    return names, next(limits, DEFAULT_RANGE)
 
 
 def _sentence(where: str, value: object) -> str:

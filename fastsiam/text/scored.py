@@ -35,7 +35,8 @@ def stream_pairs(
         DataError: the file cannot be read, lacks a column, or has a row that is not two sentences
             and a score within the range.
         ImportError: the file is Parquet, and datasets is not installed.
-        ValueError: `score_range` is not two finite numbers, the lower first.
+        ValueError: `score_range` is not two finite numbers, the lower first, or two of `columns`
+            name one column.
     """
     if score_range is not None and not is_range(*score_range):
         low, high = score_range
