@@ -23,12 +23,19 @@ from fastsiam.training.recipe import run_recipe
 from fastsiam.training.report import EpochRecord
 
 
+class _Console(Console):
+    """A console that leaves it to `exit_codes` what becomes of output that nobody reads."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 class _Screen:
     """How a run goes: a live bar on a terminal, a line an epoch elsewhere, nothing if quiet."""
 
     def __init__(self, config: Config, quiet: bool) -> None:
         self.config, self.quiet = config, quiet
-        console = Console()
+        console = _Console()
         self.lines = not console.is_terminal
         self.progress = Progress(
             TextColumn("{task.description}"),
@@ -144,7 +151,7 @@ def print_metrics(rows: Mapping[str, Metrics]) -> None:
     for name, metrics in rows.items():
         figures = map(_number, (metrics.pearson, metrics.spearman, metrics.mse))
         table.add_row(name, str(metrics.n), *figures)
-    Console().print(table)
+    _Console().print(table)
     for name, metrics in rows.items():
         if metrics.undefined:
             typer.echo(f"{name}: no correlation: {metrics.undefined}")

@@ -219,6 +219,15 @@ def test_in_a_process_of_its_own(files, tmp_path):
     assert f"run folder: {tmp_path / 'run'}" in stdout
 
 
+def test_output_that_nobody_reads_ends_with_141(trained, files, tmp_path):
+    out, _ = trained
+    for args in (("evaluate", out, files.test), train_args(files, tmp_path / "run")):
+        with command(*args) as process:
+            process.stdout.close()
+            assert process.stderr.read() == ""
+        assert process.returncode == 141
+
+
 def test_ctrl_c_saves_and_exits_130(files, tmp_path):
     out = tmp_path / "run"
     process = command(*train_args(files, out, epochs=100_000))
