@@ -84,7 +84,8 @@ class _Screen:
         name = f"{record.phase} epoch {record.epoch}/{epochs}"
         self.progress.update(self.task, description=name, figures=figures)
         if self.lines and not self.quiet:
-            self._say(f"{name}: {figures}{'  best' if best else ''}")
+            chosen = best and self.config.select == "dev"
+            self._say(f"{name}: {figures}{'  best' * chosen}")
 
     def _say(self, line: str) -> None:
         self.progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -108,7 +109,8 @@ def train_on_screen(config: Config, quiet: bool, resumable: bool = True) -> Resu
         result = run_recipe(config, screen)
     if result.interrupted:
         best = result.best
-        kept = "of the first steps" if best is None else f"of epoch {best.epoch}, the best so far,"
+        which = "best so far" if config.select == "dev" else "last whole one"
+        kept = "of the first steps" if best is None else f"of epoch {best.epoch}, the {which},"
         how = "terminated" if result.signal == signal.SIGTERM else "interrupted"
         if config.ensemble > 1 or config.calibrate:
             kept = "is not whole; what there is of it"

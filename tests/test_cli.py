@@ -228,18 +228,21 @@ def test_output_that_nobody_reads_ends_with_141(trained, files, tmp_path):
         assert process.returncode == 141
 
 
-def test_ctrl_c_saves_and_exits_130(files, tmp_path):
+@pytest.mark.parametrize(("select", "which"), [("dev", "best so far"), ("last", "last whole one")])
+def test_ctrl_c_saves_and_exits_130(files, tmp_path, select, which):
     out = tmp_path / "run"
-    process = command(*train_args(files, out, epochs=100_000))
+    process = command(*train_args(files, out, epochs=100_000, select=select))
     deadline = time.monotonic() + 60
     while not (out / "config.json").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
+    stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr
     assert re.fullmatch(
-        r"fastsiam: interrupted; the model of epoch \d+, the best so far, is in .*\n", stderr
+        rf"fastsiam: interrupted; the model of epoch \d+, the {which}, is in .*\n", stderr
     )
+    # no epoch is called the best where the last is kept
+    assert ("  best\n" in stdout) == (select == "dev")
     assert TextSiamese.from_pretrained(out).similarity("a cat", "a cat") == 1.0
     assert json.loads((out / "run.json").read_text())["interrupted"]
 
