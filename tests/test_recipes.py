@@ -19,6 +19,7 @@ from fastsiam.modules import SiameseLSTM
 from fastsiam.text.datasets import DataError, join_pairs, read_pairs, rows_outside
 from fastsiam.text.synonyms import close_synonyms, load_synonyms, swap_words
 from fastsiam.text.vocabulary import Vocabulary
+from fastsiam.training import recipe
 from fastsiam.training.config import PRESETS, Config
 from fastsiam.training.data import load_inputs
 from fastsiam.training.evaluate import evaluate
@@ -39,6 +40,14 @@ LABELLED = ("sentence_A", "sentence_B", "relatedness_score", "entailment_judgmen
 @pytest.fixture
 def files(tmp_path):
     return write_files(tmp_path / "data")
+
+
+def add_puppy(files):
+    """Give "puppy" the vector of "dog", so that a swap of the two is a close one."""
+    write_vectors(files.vectors, words=[*WORDS, "puppy"])
+    lines = files.vectors.read_text().splitlines()
+    dog = next(line for line in lines if line.startswith("dog "))
+    files.vectors.write_text("\n".join([*lines[:-1], dog.replace("dog", "puppy")]) + "\n")
 
 
 def label(pairs):
@@ -409,11 +418,7 @@ def test_no_pair_of_the_test_part_is_trained_on(files, tmp_path):
 
 
 def test_a_swap_may_not_make_a_pair_of_the_test_part(files, tmp_path):
-    write_vectors(files.vectors, words=[*WORDS, "puppy"])
-    # "puppy" gets the vector of "dog", so that the swap is a close one
-    lines = files.vectors.read_text().splitlines()
-    dog = next(line for line in lines if line.startswith("dog "))
-    files.vectors.write_text("\n".join([*lines[:-1], dog.replace("dog", "puppy")]) + "\n")
+    add_puppy(files)
     synonyms = tmp_path / "synonyms.json"
     synonyms.write_text('{"dog": ["puppy", "nowhere"]}')
     write_pairs(files.train, [("fast dog", "cat", 2.0), ("kid", "slow dog", 3.0)])
@@ -548,6 +553,71 @@ def test_folds_are_disjoint_and_swapped_pairs_follow_theirs(files, tmp_path):
         # all that has nothing to do with the part is trained on
         assert len(out) + int(torch.isin(pairs.origin, rows).sum()) == len(pairs)
     assert sorted(held) == torch.nonzero(own)[:, 0].tolist()
+
+
+def test_no_fold_is_scored_by_a_model_that_has_seen_its_pairs(files, tmp_path, monkeypatch):
+    """Not as a repeat, not in the pairs to train on first, not by words that were swapped."""
+    add_puppy(files)
+    pairs = make_pairs(30, seed=1)
+    pairs += [(f"{word} {pet}", "kid", 3.0) for word in WORDS[5:] for pet in ("dog", "puppy")]
+    repeats = [(f"{right.upper()} .", left, score) for left, right, score in pairs[:12]]
+    write_pairs(files.train, [*pairs, *repeats, *pairs[:4]])
+    synonyms = tmp_path / "synonyms.json"
+    synonyms.write_text('{"dog": ["puppy"], "puppy": ["dog"]}')
+    pretrain = write_pairs(tmp_path / "pre.tsv", [*pairs[5:], *make_pairs(9, seed=7)])
+    config = make_config(
+        files, pretrain=pretrain, synonyms=synonyms, calibrate=True, folds=3, epochs=1
+    )
+    seen = {}
+
+    def spy(config, progress, inputs):
+        seen[config.out.parent.name, config.out.name] = inputs
+        return train(config, progress, inputs)
+
+    monkeypatch.setattr(recipe, "train", spy)
+    run_recipe(config)
+
+    def keys(part):
+        sides = [
+            [tuple(i for i in ids[:length] if i) for ids, length in zip(*side, strict=True)]
+            for side in (
+                (part.left.ids.tolist(), part.left.lengths.tolist()),
+                (part.right.ids.tolist(), part.right.lengths.tolist()),
+            )
+        ]
+        return [tuple(sorted(pair)) for pair in zip(*sides, strict=True)]
+
+    whole = seen["members", "0"].phases
+    inside = [whole["train"].split(3, fold)[1] for fold in range(3)]
+    for fold, held in enumerate(inside):
+        phases = seen["folds", str(fold)].phases
+        for name in ("pretrain", "train"):
+            left = keys(phases[name])
+            assert not set(left) & set(keys(held))
+            assert 0 < len(left) < len(whole[name])
+    sizes = [len(held) for held in inside]
+    assert sum(sizes) == len(whole["train"]) - seen["members", "0"].swapped
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_a_fold_goes_without_pretraining_where_nothing_is_left_of_it(files, tmp_path):
+    pretrain = write_pairs(tmp_path / "pre.tsv", [("the slow dog", "fast kid", 2.0)])
+    write_pairs(files.train, [*make_pairs(20, seed=1), ("Fast kid", "the slow dog.", 2.0)])
+    config = make_config(files, pretrain=pretrain, calibrate=True, folds=2, epochs=1)
+    run_recipe(config)
+    phases = [
+        set(json.loads((config.out / "folds" / str(fold) / "run.json").read_text())["pairs"])
+        for fold in range(2)
+    ]
+    assert sorted(phases, key=len) == [{"train"}, {"pretrain", "train"}]
+
+
+def test_a_calibration_needs_a_pair_for_each_fold(files):
+    write_pairs(files.train, [("slow dog", f"{word}", 2.0) for word in [*WORDS[:4], "Cat."]])
+    config = make_config(files, calibrate=True)
+    with pytest.raises(DataError, match=r"train.tsv: must hold at least 5 different pairs .* got"):
+        run_recipe(config)
+    load_inputs(dataclasses.replace(config, calibrate=False))
 
 
 def test_every_run_counts_its_swapped_pairs(files, tmp_path):

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from fastsiam.model import cut
-from fastsiam.text.datasets import DataError, Pairs, join_pairs, read_pairs, rows_outside
+from fastsiam.text.datasets import (
+    DataError,
+    Pairs,
+    _pair_key,
+    join_pairs,
+    read_pairs,
+    rows_outside,
+)
 from fastsiam.text.synonyms import close_synonyms, load_synonyms, swap_words
 from fastsiam.text.tokens import tokenize
 from fastsiam.text.vectors import Coverage, WordVectors, load_vectors
@@ -34,6 +41,8 @@ class EncodedPairs:
         labels: [n] int64, entailment 0..2, -1 for none; None where no pair has one.
         origin: [n] int64, the row of the pair that a pair was made from by swapping words, its own
             row for any other; None: every pair is one of a file.
+        group: [n] int64, one number for pairs that `rows_outside` takes for the same, in every
+            phase of a run; None: no two are.
     """
 
     left: Encoded
@@ -41,6 +50,7 @@ class EncodedPairs:
     similarity: Tensor
     labels: Tensor | None = None
     origin: Tensor | None = None
+    group: Tensor | None = None
 
     @classmethod
     def of(cls, pairs: Pairs, vocabulary: Vocabulary, max_len: int) -> EncodedPairs:
@@ -62,20 +72,30 @@ class EncodedPairs:
             Encoded(self.right.ids[rows], self.right.lengths[rows], 0, Counter()),
             self.similarity[rows],
             None if self.labels is None else self.labels[rows],
+            group=None if self.group is None else self.group[rows],
         )
+
+    def without(self, others: EncodedPairs) -> EncodedPairs:
+        """Return the pairs that are not among the others."""
+        if self.group is None or others.group is None:
+            return self
+        return self.take(torch.nonzero(~torch.isin(self.group, others.group))[:, 0])
 
     def split(self, folds: int, fold: int) -> tuple[EncodedPairs, EncodedPairs]:
         """Return the pairs outside and inside one of the parts that the pairs are dealt into.
 
-        A pair with swapped words goes where the pair goes that it was made from, and is in no
-        part: only pairs of a file are.
+        Equal pairs are in one part. A pair with swapped words is in no part, since only pairs of a
+        file are, and outside those that the pair is in that it was made from or is equal to.
         """
-        origin = torch.arange(len(self)) if self.origin is None else self.origin
-        generator = torch.Generator().manual_seed(FOLD_SEED)
-        part = torch.randperm(len(self), generator=generator) % folds
-        inside = part[origin] == fold
-        own = origin == torch.arange(len(self))
-        return self.take(torch.nonzero(~inside)[:, 0]), self.take(torch.nonzero(inside & own)[:, 0])
+        rows = torch.arange(len(self))
+        origin = rows if self.origin is None else self.origin
+        group = rows if self.group is None else self.group
+        own = origin == rows
+        part = torch.full_like(rows, -1)
+        part[own] = _deal(group[own], folds)
+        inside = part == fold
+        outside = (part[origin] != fold) & ~torch.isin(group, group[inside])
+        return self.take(rows[outside]), self.take(rows[inside])
 
     def batch(self, rows: Tensor, device: torch.device) -> Batch:
         """Return some pairs on the device, no wider than the longest of them."""
@@ -125,8 +145,9 @@ def load_inputs(config: Config) -> Inputs:
     swapped words too. Where dev is trained on, its own repeats of test pairs are left out.
 
     Raises:
-        DataError: a file cannot be used, no training pair is left, no pair has the entailment label
-            that is to be learned, or dev cannot rank epochs.
+        DataError: a file cannot be used, no training pair is left, fewer different ones than the
+            calibration has folds, no pair has the entailment label that is to be learned, or dev
+            cannot rank epochs.
     """
     dev = _read(config, config.dev)
     if len(set(dev.score)) < 2:
@@ -161,6 +182,14 @@ def load_inputs(config: Config) -> Inputs:
             "entailment_judgment) to learn; set entailment_weight to 0"
         )
 
+    if config.calibrate:
+        different = len(_number({"train": phases["train"]})["train"].unique())
+        if different < config.folds:
+            raise DataError(
+                f"{config.train}: must hold at least {config.folds} different pairs to calibrate "
+                f"on, one for each fold, got {different}; set calibrate to False"
+            )
+
     synonyms = {} if config.synonyms is None else load_synonyms(config.synonyms)
     parts = {**phases, "dev": dev} | ({} if test is None else {"test": test})
     vocabulary, vectors = _load_vectors(config, parts, synonyms)
@@ -175,6 +204,8 @@ def load_inputs(config: Config) -> Inputs:
     encoded = {
         name: EncodedPairs.of(pairs, vocabulary, config.max_len) for name, pairs in parts.items()
     }
+    for phase, group in _number({phase: parts[phase] for phase in phases}).items():
+        encoded[phase] = replace(encoded[phase], group=group)
     encoded["train"] = replace(encoded["train"], origin=torch.tensor(origin))
     return Inputs(
         phases={phase: encoded[phase] for phase in phases},
@@ -188,6 +219,34 @@ def load_inputs(config: Config) -> Inputs:
         table=vectors.table,
         coverage=vectors.coverage,
     )
+
+
+def _number(parts: Mapping[str, Pairs]) -> dict[str, Tensor]:
+    """Return a number for each pair, [n] int64 for each part; equal pairs have the same."""
+    numbers: dict[tuple[str, ...], int] = {}
+    return {
+        name: torch.tensor(
+            [
+                numbers.setdefault(_pair_key(*pair), len(numbers))
+                for pair in zip(pairs.left, pairs.right, strict=True)
+            ]
+        )
+        for name, pairs in parts.items()
+    }
+
+
+def _deal(group: Tensor, folds: int) -> Tensor:
+    """Deal rows into parts of about one size, all rows of a group into the same; [n] int64."""
+    _, number, sizes = group.unique(return_inverse=True, return_counts=True)
+    generator = torch.Generator().manual_seed(FOLD_SEED)
+    rank = torch.randperm(len(sizes), generator=generator).tolist()
+    part, held = [0] * len(rank), [0] * folds
+    # the largest first, so that the small ones make up for the rest
+    size = sizes.tolist()
+    for at in sorted(range(len(rank)), key=lambda at: (-size[at], rank[at])):
+        part[at] = held.index(min(held))
+        held[part[at]] += size[at]
+    return torch.tensor(part)[number]
 
 
 def _look_through(config: Config, dev: Pairs, test: Pairs | None) -> Inputs:

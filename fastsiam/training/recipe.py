@@ -29,9 +29,9 @@ def run_recipe(config: Config, watcher: Watcher | None = None) -> Result:
     cut off and passes over those that are done.
 
     The calibration is fitted on predictions for training pairs by models that have not seen them:
-    the pairs are dealt into `config.folds` parts, and one model is trained on all parts but one,
-    for each, by the same recipe; the seeds of the members take turns. Neither dev nor test pairs
-    have a say.
+    the pairs are dealt into `config.folds` parts, equal ones into the same, and one model is
+    trained on all parts but one, for each, by the same recipe, without the pairs of `pretrain` that
+    are in that one; the seeds of the members take turns. Neither dev nor test pairs have a say.
 
     Args:
         config: the settings.
@@ -67,11 +67,14 @@ def run_recipe(config: Config, watcher: Watcher | None = None) -> Result:
         predicted, gold = [], []
         for number in range(config.folds):
             outside, inside = pairs.split(config.folds, number)
+            phases, pretrain = {"train": outside}, inputs.phases.get("pretrain")
+            if isinstance(pretrain, EncodedPairs) and len(kept := pretrain.without(inside)):
+                phases = {"pretrain": kept, **phases}
             # of the pairs as they stand in the file, those that are not inside are outside
             own = len(pairs) - inputs.swapped - len(inside)
             part = replace(
                 inputs,
-                phases={**inputs.phases, "train": outside},
+                phases=phases,
                 test=None,
                 swapped=len(outside) - own,
             )
