@@ -73,16 +73,20 @@ def similarity_command(
         model = TextSiamese.from_pretrained(folder)
         similarity = model.similarity(left, right)
         score, (low, high) = model.to_score(similarity), model.score_range
-        unknown = list(model.vocabulary.encode([left, right], model.max_len).unknown)
+        encoded = model.vocabulary.encode([left, right], model.max_len)
+        unknown = list(encoded.unknown)
         if as_json:
             values = {
                 "similarity": similarity,
                 "score": score,
                 "score_range": [low, high],
                 "unknown": unknown,
+                "truncated": encoded.truncated,
             }
             typer.echo(json.dumps(values, ensure_ascii=False))
             return
         typer.echo(f"similarity {similarity:.4f}  (score {score:.2f} on {low:g} to {high:g})")
         if unknown:
             typer.echo(f"words without a vector: {', '.join(unknown)}")
+        if encoded.truncated:
+            typer.echo(f"sentences cut to {model.max_len} tokens: {encoded.truncated}")

@@ -148,6 +148,12 @@ def test_similarity(trained):
     assert f"similarity {expected:.4f}  (score {1 + 4 * expected:.2f} on 1 to 5)" in printed
     assert "words without a vector: zebra" in printed
     assert "without" not in run("similarity", out, "a cat", "").stdout
+    # a sentence of which the end was not read
+    assert values["truncated"] == 0
+    assert "cut" not in printed
+    long = "the " * 74
+    assert json.loads(run("similarity", out, long, right, "--json").stdout)["truncated"] == 1
+    assert "sentences cut to 73 tokens: 2" in run("similarity", out, long, long).stdout
 
 
 def test_every_option_of_train(files, tmp_path):
