@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,12 +14,16 @@ from typing import BinaryIO
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """Open a file beside its place that moves there at the end: a reader sees the old or the new.
 
+    Whom the old one lets read and write, the new one does too.
+
     Raises:
         OSError: it cannot be written; the error names `path`.
     """
     beside = path.with_name(f".{path.name}.part")
     try:
         with beside.open("wb") as file:
+            if path.exists():
+                shutil.copymode(path, beside)
             yield file
             file.flush()
             os.fsync(file.fileno())

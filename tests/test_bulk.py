@@ -300,6 +300,16 @@ def test_dev_stdout_may_be_a_pipe(folder, tmp_path):
     assert done.stdout == (tmp_path / "expected").read_bytes()
 
 
+def test_a_file_written_over_keeps_its_mode(tmp_path):
+    source, out = write(tmp_path / "x.tsv", table(PAIRS)), tmp_path / "scores.tsv"
+    for mode in (0o600, 0o640):
+        out.touch()
+        out.chmod(mode)
+        score_file(make_model(), source, out)
+        assert out.stat().st_mode & 0o777 == mode
+        assert out.read_text()
+
+
 def test_what_is_read_is_not_written_over(folder, tmp_path):
     source = write(tmp_path / "x", table(PAIRS))
     (tmp_path / "link").symlink_to(source)
