@@ -59,7 +59,8 @@ def exit_codes() -> Iterator[None]:
         if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
             raise
         code, message = ENVIRONMENT, "out of memory; lower --batch-size or --hidden-size"
-    typer.echo(f"fastsiam: {' '.join(message.split())}", err=True)
+    lines = filter(None, map(str.strip, message.splitlines()))
+    typer.echo(f"fastsiam: {' '.join(lines)}", err=True)
     raise typer.Exit(code)
 
 

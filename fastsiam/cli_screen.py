@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from fastsiam.model import TextSiamese
 from fastsiam.training.checkpoint import DamagedWarning
@@ -152,7 +153,7 @@ def print_metrics(rows: Mapping[str, Metrics]) -> None:
     table = Table("pairs of", "n", "Pearson", "Spearman", "MSE (1..5)")
     for name, metrics in rows.items():
         figures = map(_number, (metrics.pearson, metrics.spearman, metrics.mse))
-        table.add_row(name, str(metrics.n), *figures)
+        table.add_row(Text(name), str(metrics.n), *figures)
     _Console().print(table)
     for name, metrics in rows.items():
         if metrics.undefined:

@@ -113,6 +113,14 @@ def test_evaluate_maps_any_range_to_1_to_5(trained, files, tmp_path):
     assert ours == pytest.approx(json.loads(run("evaluate", out, files.test, "--json").stdout))
 
 
+def test_a_file_is_named_as_it_is(trained, files, tmp_path):
+    out, _ = trained
+    file = tmp_path / "pairs[dev]  :cat:.tsv"
+    assert str(file) in one_line(run("evaluate", out, file), 3)
+    file.write_bytes(files.dev.read_bytes())
+    assert file.name in run("evaluate", out, file).stdout
+
+
 @pytest.mark.parametrize(
     ("pairs", "why"),
     [
