@@ -62,7 +62,10 @@ def train_command(
     ] = None,
     train_on_dev: Annotated[
         bool,
-        typer.Option("--train-on-dev", help="Train on the dev pairs too; keeps the last epoch."),
+        typer.Option(
+            "--train-on-dev",
+            help="Train on the dev pairs too; keeps the last epoch, without patience.",
+        ),
     ] = False,
     ensemble: Annotated[
         int, typer.Option(help="Models to train, from seeds in a row, and to save as one.")
@@ -197,7 +200,11 @@ def train_command(
         int, typer.Option(help="Steps between checkpoints; 0: one an epoch.")
     ] = Config.checkpoint_every,
     log_every: Annotated[
-        int, typer.Option(help="Steps between lines of steps.csv; 0: none.")
+        int,
+        typer.Option(
+            help="Steps between lines of steps.csv, each about those since the line before, the "
+            "epoch's start or a resume; 0: none."
+        ),
     ] = Config.log_every,
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="Log to DIR/tensorboard too.")
@@ -223,7 +230,7 @@ def train_command(
             "epochs": epochs,
             "pretrain_epochs": pretrain_epochs,
             "patience": patience,
-            "select": "last" if train_on_dev and select is None else select,
+            "select": select,
             "batch_size": batch_size,
             "hidden_size": hidden_size,
             "bidirectional": bidirectional,

@@ -87,6 +87,13 @@ def test_what_is_given_wins_over_a_preset(files):
     assert Config.preset("best", **need).batch_size == 64
     assert Config.preset("best", batch_size=8, **need).batch_size == 8
     assert Config.preset("fast", **need) == Config(select="last", **need)
+    # dev can choose nothing where it is trained on, unless that is asked for
+    for name in PRESETS:
+        config = Config.preset(name, train_on_dev=True, **need)
+        assert (config.select, config.patience) == ("last", None)
+    for given in ({"patience": 10}, {"select": "dev"}):
+        with pytest.raises(ValueError, match="train_on_dev must go with"):
+            Config.preset("paper", train_on_dev=True, **given, **need)
     with pytest.raises(ValueError, match=r"preset must be one of article, paper, .*, got 'slow'"):
         Config.preset("slow", **need)
 

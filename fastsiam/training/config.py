@@ -119,7 +119,8 @@ class Config:
         precision: "float32", or "bf16": the recurrence computes in bfloat16, weights stay float32.
         resume: go on with the run in `out`, if there is one.
         checkpoint_every: steps between checkpoints within an epoch; 0: only where one ends.
-        log_every: steps between lines of `steps.csv`; 0: epochs alone are logged.
+        log_every: steps between lines of `steps.csv`, each of which is about the steps since the
+            line before, the epoch's start or a resume; 0: epochs alone are logged.
         tensorboard: write event files in `out/tensorboard` too.
 
     Raises:
@@ -234,12 +235,15 @@ class Config:
     def preset(cls, name: str, **settings: Any) -> Config:
         """Return the settings of a recipe of `PRESETS`; what is given here wins over it.
 
+        With `train_on_dev` the recipe keeps the last epoch and has no patience.
+
         Raises:
             ValueError: there is no recipe of that name, or a value is out of range.
         """
         if name not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
-        return cls(**{**PRESETS[name], **settings})
+        last = {"select": "last", "patience": None} if settings.get("train_on_dev") else {}
+        return cls(**{**PRESETS[name], **last, **settings})
 
     @property
     def first_lr(self) -> float:

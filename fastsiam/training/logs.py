@@ -70,6 +70,8 @@ class Logs:
     ) -> None:
         """Log the steps since the last line: their means, and the gradients of the newest.
 
+        Where the epoch began or the run was resumed after the last line, they count from there.
+
         Args:
             step: number of steps made.
             where: phase, epoch and learning rate.
