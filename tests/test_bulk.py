@@ -143,6 +143,7 @@ FORMS = {
     "crlf and no last line end": ("sentence2\tsentence1\r\ndog\ta cat\r\na cat\tdog", None, {2, 3}),
     "no header": ("0\ta cat\tdog\n1\tdog\ta cat\n", ("2", "3"), {1, 2}),
     "csv": ('l,r\n"a cat\n",dog\n"dog","a, cat"\n', ("l", "r"), {2, 4}),
+    "a lone carriage return": ('l,r\n"a\rcat",dog\ndog,a cat\n', ("l", "r"), {2, 3}),
     "csv without header": ('a cat,"dog"\ndog,a cat\n', ("1", "2"), {1, 2}),
     "json lines": (
         '{"r": "dog", "l": "a cat"}\n\n{"l": "dog", "r": "a cat"}\n',
@@ -185,7 +186,7 @@ def test_line_n_belongs_to_line_n(tmp_path, form):
             "x, line 2: a sentence must be te",
         ),
         ('{"a": "x", "b": "y"}\n{"a": "x"}', ("a", "b"), "x, line 2: no key 'b'; the keys are a"),
-        ('a,b\nx,"y\n', ("a", "b"), "x, line 2: not quoted as CSV must be"),
+        ('a,b\nx,"y\n', ("a", "b"), "x, line 2: must be CSV, .*unexpected end of data"),
     ],
 )
 def test_a_bad_file_is_one_sentence_and_leaves_the_old_scores(tmp_path, content, columns, message):

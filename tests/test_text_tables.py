@@ -62,6 +62,25 @@ def test_no_header(monkeypatch, block):
         rows_of("a\tb\nc\n", header=False)
 
 
+@pytest.mark.parametrize("block", [1, 7, 1 << 20])
+def test_a_carriage_return_alone_ends_no_line_of_csv(monkeypatch, block):
+    monkeypatch.setattr(tables, "BLOCK_BYTES", block)
+    assert rows_of('a,b\n"one\rline",x\n"\r\n\r",y\r\nlast,z\n') == [
+        *((2, "one\rline", "x"), (3, "\r\n\r", "y"), (5, "last", "z")),
+    ]
+    with pytest.raises(DataError, match=r"x, line 2: must be CSV.*new-line character seen"):
+        rows_of("a,b\nc\rd,e\n")
+
+
+def test_a_field_too_long_for_csv_is_not_called_badly_quoted():
+    long = "x" * 200_000
+    assert rows_of(f"a\tb\n{long}\tc\n") == [(2, long, "c")]
+    with pytest.raises(
+        DataError, match=r"x, line 2: must be CSV, at most 131072 char.*field limit"
+    ):
+        rows_of(f"a,b\n{long},c\n")
+
+
 @pytest.mark.parametrize("block", [1, 1 << 20])
 def test_lines(monkeypatch, block):
     monkeypatch.setattr(tables, "BLOCK_BYTES", block)

@@ -156,8 +156,8 @@ def _delimited_table(name: str, start: str, blocks: Iterator[str], header: bool)
 
 
 def _csv_rows(name: str, blocks: Iterator[str]) -> Iterator[tuple[int, list[str]]]:
-    # as csv wants them: lines with their ends, of which a quoted field may hold any
-    lines = chain.from_iterable(io.StringIO(block, newline="") for block in blocks)
+    # with their ends, as csv wants them; a CR alone ends no line, so that its count is the file's
+    lines = chain.from_iterable(io.StringIO(block, newline="\n") for block in blocks)
     reader = csv.reader(lines, strict=True)
     start = 1
     try:
@@ -166,7 +166,12 @@ def _csv_rows(name: str, blocks: Iterator[str]) -> Iterator[tuple[int, list[str]
                 yield start, fields
             start = reader.line_num + 1
     except csv.Error as error:
-        raise DataError(f"{name}, line {start}: not quoted as CSV must be: {error}") from error
+        # behind the dash csv gives advice to programmers
+        raise DataError(
+            f"{name}, line {start}: must be CSV, at most {csv.field_size_limit()} characters a "
+            f"field, quoted where it holds a line's end, got: {str(error).partition(' - ')[0]}; "
+            "tab-separated text has neither quotes nor that limit"
+        ) from error
 
 
 def _json_table(name: str, blocks: Iterator[str]) -> Table:
