@@ -185,6 +185,11 @@ def test_line_n_belongs_to_line_n(tmp_path, form):
             ("a", "b"),
             "x, line 2: a sentence must be te",
         ),
+        (
+            '{"a": "x", "b": "y"}\n\n{"a": "x", "b": "\\ud83d"}\n{"a": "x", "b": "y"}',
+            ("a", "b"),
+            "x, line 3: a sentence must be Unicode text, got half",
+        ),
         ('{"a": "x", "b": "y"}\n{"a": "x"}', ("a", "b"), "x, line 2: no key 'b'; the keys are a"),
         ('a,b\nx,"y\n', ("a", "b"), "x, line 2: must be CSV, .*unexpected end of data"),
     ],
@@ -457,6 +462,11 @@ def test_commands(folder, tmp_path):
         (("score", "nowhere.tsv", "--out", "o"), 3, "nowhere.tsv: cannot be read: No such file"),
         (("score", "x.tsv", "--out", "no/o"), 4, "no/o: No such file or directory"),
         (("score", "corpus", "--out", "o"), 3, "corpus: the first line must be a header"),
+        (
+            ("encode", "half.jsonl", "--out", "o", "--column", "s"),
+            3,
+            "half.jsonl, line 1: a sentence",
+        ),
         (("encode", "corpus", "--out", "-"), 2, "out must be a file and no pipe"),
         (("encode", "corpus", "--out", "o", "--column", "1"), 3, "corpus: the first line must be"),
         (("search", "--corpus", "corpus"), 2, "give --query or --queries, one of them"),
@@ -468,12 +478,13 @@ def test_a_failed_command_is_one_line(folder, tmp_path, monkeypatch, args, code,
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "x.tsv", table(PAIRS))
     write(tmp_path / "corpus", "a cat\n")
+    write(tmp_path / "half.jsonl", '{"s": "\\ud83d"}\n')
     result = run(args[0], folder, *args[1:])
     assert result.exit_code == code
     assert message in result.stderr
     assert result.stderr.startswith("fastsiam: ")
     assert result.stderr.count("\n") == 1
-    assert {path.name for path in tmp_path.iterdir()} == {"x.tsv", "corpus"}
+    assert {path.name for path in tmp_path.iterdir()} == {"x.tsv", "corpus", "half.jsonl"}
 
 
 @pytest.mark.parametrize(

@@ -159,6 +159,10 @@ def test_bad_file(write, content, message):
         ('{"l": "a", "r": "b"}', "line 2: no key 's'; the keys are l, r"),
         ('{"l": 5, "r": "b", "s": 1}', "line 2: a sentence must be text, got 5"),
         ('{"l": "a", "r": null, "s": 1}', "line 2: a sentence must be text, got None"),
+        (
+            '{"l": "a", "r": "b\\ud83d", "s": 1}',
+            "line 2: a sentence must be Unicode text, got half",
+        ),
         ('{"l": "a", "r": "b", "s": true}', "line 2: the score must be a number, got True"),
         ('{"l": "a", "r": "b", "s": [1]}', "line 2: the score must be a number"),
         ('{"l": "a", "r": "b", "s": NaN}', "line 2: the score must be from 1 to 5, got nan"),
@@ -169,6 +173,8 @@ def test_bad_json_line(write, line, message):
     path = write("x.jsonl", '{"l": "a", "r": "b", "s": 1}\n' + line + "\n")
     with pytest.raises(DataError, match=message):
         read_pairs(path, columns=("l", "r", "s"))
+    with pytest.raises(DataError, match=message):
+        list(stream_pairs(path, columns=("l", "r", "s")))
 
 
 @pytest.mark.parametrize("read", [read_pairs, lambda *a, **o: list(stream_pairs(*a, **o))])
@@ -196,6 +202,7 @@ def test_missing_column(write):
         (pickle.dumps([["a", "b"]]), r"row 0: must be \[sentence, sentence, score"),
         (pickle.dumps([["a", "b", 1], "abc"]), "row 1: must be .* got 'abc'"),
         (pickle.dumps([["a", 5, 1]]), "row 0: a sentence must be text, got 5"),
+        (pickle.dumps([["a\udc80", "b", 1]]), "row 0: a sentence must be Unicode text, got half"),
         (pickle.dumps([["a", "b", 9]]), "row 0: the score must be from 1 to 5, got 9"),
         (pickle.dumps([[b"\xff", "b", 1]], protocol=0), "asks for _codecs.encode"),
         (b"(lp0\n(lp1\nS'\\xff'\naS'b'\naF1.0\naa.", "row 0: must be UTF-8 text"),

@@ -146,6 +146,8 @@ def test_spelling_file(tmp_path):
         (b'["a"]', "must be a JSON object, got list"),
         (b'{"a": ["b"]}', r"must map 'a' to a word, got \['b'\]"),
         (b'{"a": "\xe9"}', "must be a JSON object of strings"),
+        (rb'{"a": "\ud83d"}', r"must hold Unicode text, got 'a' and '\\ud83d'"),
+        (rb'{"\ude00": "a"}', r"must hold Unicode text, got '\\ude00' and 'a'"),
     ],
 )
 def test_bad_spelling_file(tmp_path, content, message):

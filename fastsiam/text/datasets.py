@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 
-from fastsiam.text.files import DataError, check_file, short
+from fastsiam.text.files import DataError, check_file, is_unicode, short
 from fastsiam.text.legacy import pickle_rows
 from fastsiam.text.tables import find_columns, read_table
 
@@ -231,6 +231,10 @@ def _sentence(where: str, value: object) -> str:
             raise DataError(f"{where}: must be UTF-8 text, got {short(value)}") from error
     if not isinstance(value, str):
         raise DataError(f"{where}: a sentence must be text, got {short(value)}")
+    if not is_unicode(value):
+        raise DataError(
+            f"{where}: a sentence must be Unicode text, got half a surrogate pair in {short(value)}"
+        )
     return value
 
 

@@ -23,6 +23,15 @@ def check_file(path: str | PathLike[str]) -> Path:
     return path
 
 
+def is_unicode(text: str) -> bool:
+    """Return whether a text can be written as UTF-8; JSON and pickles may hold half a character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def short(value: object) -> str:
     """Return what came, for a message: at most 60 characters."""
     shown = repr(value)

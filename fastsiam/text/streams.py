@@ -13,8 +13,8 @@ from os import PathLike
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from fastsiam.text.datasets import KNOWN_HEADERS
-from fastsiam.text.files import DataError, short
+from fastsiam.text.datasets import KNOWN_HEADERS, _sentence
+from fastsiam.text.files import DataError, is_unicode
 from fastsiam.text.tables import Table, find_columns, open_table, read_lines
 from fastsiam.whole_file import whole_file
 
@@ -168,10 +168,8 @@ def _blocks(name: str, table: Table, columns: Sequence[str]) -> Iterator[Block]:
         numbers, fields = zip(*some, strict=True)
         block = Block(numbers, [list(map(itemgetter(table.keys[c]), fields)) for c in columns])
         for values in block.columns:
-            if set(map(type, values)) != {str}:  # JSON has other ones
-                row = next(i for i, value in enumerate(values) if not isinstance(value, str))
-                raise DataError(
-                    f"{name}, line {numbers[row]}: a sentence must be text, "
-                    f"got {short(values[row])}"
-                )
+            # JSON has other ones, and halves of characters
+            if set(map(type, values)) != {str} or not is_unicode("".join(values)):
+                for number, value in zip(numbers, values, strict=True):
+                    _sentence(f"{name}, line {number}", value)
         yield block

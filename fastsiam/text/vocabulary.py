@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsiam.text.files import DataError, check_file
+from fastsiam.text.files import DataError, check_file, is_unicode
 from fastsiam.text.tokens import part_tokens, split_parts
 
 UNKNOWN = "<unk>"
@@ -171,7 +171,7 @@ def load_spelling(path: str | PathLike[str]) -> dict[str, str]:
         The dictionary.
 
     Raises:
-        DataError: the file cannot be read or is not a JSON object of strings.
+        DataError: the file cannot be read or is not a JSON object of Unicode strings.
     """
     path = check_file(path)
     try:
@@ -183,4 +183,6 @@ def load_spelling(path: str | PathLike[str]) -> dict[str, str]:
     for word, target in spelling.items():
         if not isinstance(target, str):
             raise DataError(f"{path}: must map {word!r} to a word, got {target!r}")
+        if not is_unicode(word + target):
+            raise DataError(f"{path}: must hold Unicode text, got {word!r} and {target!r}")
     return spelling
