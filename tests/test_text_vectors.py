@@ -48,12 +48,34 @@ def trailing_blanks(kv, path):
     path.write_bytes(b"8 5\r\n" + body + b" \r\n")
 
 
+def byte_order_mark(kv, path):
+    glove(kv, path)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+
+
+def byte_order_mark_and_header(kv, path):
+    text(kv, path)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+
+
+def tabs(kv, path):
+    text(kv, path)
+    path.write_bytes(path.read_bytes().replace(b" ", b"\t"))
+
+
+def runs_of_blanks(kv, path):
+    glove(kv, path)
+    lines = path.read_bytes().replace(b" ", b" \t  ").splitlines(keepends=True)
+    path.write_bytes(b"".join(b"  " + line for line in lines))
+
+
 def binary_with_line_feeds(kv, path):
     records = [word.encode() + b" " + kv[word].tobytes() + b"\n" for word in WORDS]
     path.write_bytes(b"8 5\n" + b"".join(records))
 
 
 KINDS = [binary, text, glove, trailing_blanks, binary_with_line_feeds]
+KINDS += [byte_order_mark, byte_order_mark_and_header, tabs, runs_of_blanks]
 
 
 @pytest.mark.parametrize("zipped", [False, True], ids=["plain", "gzip"])
@@ -63,11 +85,11 @@ def test_kinds_of_files(kv, tmp_path, kind, zipped):
     kind(kv, path)
     if zipped:
         path.write_bytes(gzip.compress(path.read_bytes()))
-    loaded = load_vectors([path], ["cat", "café", "1", "cat"])
-    assert loaded.words == ["<unk>", "1", "café", "cat"]
+    loaded = load_vectors([path], ["the", "cat", "café", "1", "cat"])
+    assert loaded.words == ["<unk>", "1", "café", "cat", "the"]
     assert loaded.table.dtype == torch.float32
     assert loaded.table[0].tolist() == [0.0] * 5
-    assert np.array_equal(loaded.table[1:].numpy(), [kv["1"], kv["café"], kv["cat"]])
+    assert np.array_equal(loaded.table[1:].numpy(), [kv[word] for word in loaded.words[1:]])
 
 
 def test_look_up_order_and_coverage(kv, tmp_path):
@@ -211,6 +233,7 @@ KIND = "must be word vectors in word2vec or GloVe format"
         (b"3 2\ncat 1 2\ndog 3\n", "line 3: must be a word and 2 numbers"),
         (b"cat 1 2\ndog 3 4 5\n", "line 2: must be a word and 2 numbers"),
         (b"cat 1 2\ndog 3\n", "line 2: must be a word and 2 numbers"),
+        (b"cat\t1\t2\ndog\t3\t4\t5\n", "line 2: must be a word and 2 numbers"),
         (b"2 3\ncat 1 2\n", "line 2: must be a word and 3 numbers"),
         (b"cat 1 2\ndog 3 x\n", "not a file of word vectors"),
         (b"cat 1 1e300\n", "a vector holds NaN or infinity"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import math
 import tempfile
@@ -98,8 +99,11 @@ def read_vectors(
 
 
 def _sniff(path: Path, stream: BinaryIO | gzip.GzipFile) -> _Layout:
-    first, _, rest = stream.read(_PROBE_BYTES).partition(b"\n")
-    stream.seek(0)
+    """Tell the kind of file by its first lines, and leave the stream where they begin."""
+    probe = stream.read(_PROBE_BYTES)
+    mark = codecs.BOM_UTF8 if probe.startswith(codecs.BOM_UTF8) else b""
+    first, _, rest = probe[len(mark) :].partition(b"\n")
+    stream.seek(len(mark))
     fields = first.split()
     if len(fields) == 2 and all(field.isdigit() for field in fields):
         count, dim = map(int, fields)
@@ -150,8 +154,9 @@ def _scan(
                     norms.append(float(np.linalg.norm(values.astype(np.float64))))
             except ValueError as error:
                 raise DataError(f"{path}: not a file of word vectors: {error}") from error
-        if word in keys:
-            kept.setdefault(word, vector)  # the first of repeated words counts
+        if word in keys and word not in kept:  # the first of repeated words counts
+            # gensim asks for one blank between two numbers
+            kept[word] = vector if layout.binary else b" ".join(vector.split())
     return kept, sum(norms) / len(norms)
 
 
@@ -186,12 +191,14 @@ def _text_records(
             return
         if number == 1 and layout.header:
             continue
-        line = raw.rstrip()
-        fields = line.rsplit(b" ", layout.dim)
+        # blanks and tabs, however many
+        fields = raw.rsplit(None, layout.dim)
         # GloVe has words with blanks; a number there means that the vector is longer
-        if len(fields) <= layout.dim or (b" " in fields[0] and _is_number(fields[0].split()[-1])):
+        if len(fields) <= layout.dim or (
+            len(parts := fields[0].split()) > 1 and _is_number(parts[-1])
+        ):
             raise DataError(f"{path}, line {number}: must be a word and {layout.dim} numbers")
-        yield fields[0], line[len(fields[0]) + 1 :]
+        yield fields[0].lstrip(), raw[len(fields[0]) :]
         done += 1
     if layout.header and done < count:
         raise DataError(f"{path}: ends after {done} of {layout.count:.0f} vectors: cut short")
