@@ -1,6 +1,9 @@
 """Words to ids: the order of the look-up, lengths, cuts and counts."""
 
 import json
+import sys
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -100,6 +103,24 @@ def test_what_is_remembered_changes_nothing(monkeypatch, remembered):
         assert encoded.lengths.tolist() == [5, 3]
         assert encoded.unknown == {"mouse": 2, ",": 2, ".": 1, "rat": 1}
     assert vocabulary.encode(["a rat"]).unknown == {"a": 1, "rat": 1}
+
+
+def test_threads_do_not_disturb_each_other(monkeypatch):
+    monkeypatch.setattr(module, "REMEMBERED", 20)
+    vocabulary = Vocabulary(WORDS)
+
+    def work(thread):
+        for step in range(100):
+            words = [f"w{thread}x{step}x{i}" for i in range(20)]
+            assert vocabulary.encode([f"cat {word}" for word in words]).unknown == Counter(words)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(work, range(8)))
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def test_through_json():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -93,12 +94,13 @@ class Vocabulary:
 
         if len(self._parts) > REMEMBERED:
             self._parts = _PartIds(self)
+        part_ids = self._parts  # another thread may put new ones in its place
         parts: list[str] = []
         ends = []  # of each sentence among all parts
         for sentence in sentences:
             parts += split_parts(sentence)
             ends.append(len(parts))
-        by_part = list(map(self._parts.__getitem__, parts))
+        by_part = list(map(part_ids.__getitem__, parts))
         # from a list, numpy makes an array five times as fast as torch
         flat = torch.from_numpy(np.array(list(chain.from_iterable(by_part)), np.int64))
         sizes = np.fromiter(map(len, by_part), np.int64, len(parts))
@@ -109,7 +111,7 @@ class Vocabulary:
             starts = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
             flat = flat[torch.arange(len(flat)) - starts < max_len]
             lengths.clamp_(max=max_len)
-        unknown = self._parts.count_unknown(flat)
+        unknown = part_ids.count_unknown(flat)
         ids = torch.zeros(len(lengths), max(lengths.tolist(), default=0), dtype=torch.int64)
         ids[torch.arange(ids.shape[1]) < lengths[:, None]] = flat.clamp_(min=0)
         return Encoded(ids, lengths, truncated, unknown)
@@ -131,6 +133,10 @@ class Vocabulary:
         return cls(words, spelling)
 
 
+# one thread at a time numbers unknown words; a lock of each vocabulary could not be pickled
+_NUMBERING = threading.Lock()
+
+
 class _PartIds(dict[str, list[int]]):
     """Part of a sentence -> ids of its tokens, looked up once a part; ~i is unknown word i."""
 
@@ -140,10 +146,12 @@ class _PartIds(dict[str, list[int]]):
         self._unknown: dict[str, int] = {}
 
     def __missing__(self, part: str) -> list[int]:
-        ids = self[part] = [
-            self._id(word) or ~self._unknown.setdefault(word, len(self._unknown))
-            for word in part_tokens(part)
-        ]
+        words = part_tokens(part)
+        with _NUMBERING:
+            ids = self[part] = [
+                self._id(word) or ~self._unknown.setdefault(word, len(self._unknown))
+                for word in words
+            ]
         return ids
 
     def count_unknown(self, ids: Tensor) -> Counter[str]:
