@@ -195,6 +195,14 @@ class _Siamese(nn.Module):
             validate=validate,
         )
 
+    def forget_projection(self) -> None:
+        """Project the embedding anew at the next call without gradients.
+
+        To be called after a write to weights or embedding that PyTorch does not count: through
+        `.data`, or through a numpy array that shares their memory.
+        """
+        self._cache = _PreparedCache()
+
     def explain(
         self,
         device: torch.device | str | None = None,
@@ -367,7 +375,10 @@ class SiameseLSTM(_Siamese):
             equal sentences would differ.
         bidirectional: whether each layer also runs from the last valid step to the first; a vector
             then has 2H values.
-        embedding: [V, D] tensor or nn.Embedding: inputs are then integer ids.
+        embedding: [V, D] tensor, which is copied, or nn.Embedding, which is used as it is: frozen
+            or not, and moved to `device` and `dtype`, in place. Inputs are then integer ids. Its
+            options must be nn.Embedding's defaults; those that act on gradients alone
+            (padding_idx, scale_grad_by_freq, sparse) are allowed where it is frozen.
         freeze_embedding: whether the embedding does not train.
         pooling: "last", the state after the last step each direction reads; "mean" or "max" of each
             unit over the valid steps. A call may give masks instead.
@@ -380,8 +391,13 @@ class SiameseLSTM(_Siamese):
             computed as nn.LSTM computes it: with 11 bits in products and activations where
             `torch.backends.cudnn.allow_tf32` is True, which is PyTorch's default; else fully.
 
+    Without gradients the projected embedding is kept from call to call until a weight changes. A
+    write that raises no version counter (through `.data` or an array that shares the memory) is
+    seen on a CPU, in the weights and in the first column of the embedding (of some thousand rows
+    where it has ten thousand or more), and nowhere else; call `forget_projection` after it.
+
     Raises:
-        ValueError: an argument out of range.
+        ValueError: an argument out of range, or an option of the embedding that is not honoured.
     """
 
     cell = "lstm"
@@ -403,11 +419,12 @@ class SiameseLSTM(_Siamese):
 class SiameseGRU(_Siamese):
     """Two sequences through one GRU, scored by exp(-scale * L1) of their vectors.
 
-    Arguments and calls are those of `SiameseLSTM`; equations, names and gate order (r, z, n) those
-    of nn.GRU, whose reset gate acts after the product with the hidden state.
+    Arguments and calls are those of `SiameseLSTM`, and so is `forget_projection` to be called after
+    a write through `.data`; equations, names and gate order (r, z, n) are those of nn.GRU, whose
+    reset gate acts after the product with the hidden state.
 
     Raises:
-        ValueError: an argument out of range.
+        ValueError: an argument out of range, or an option of the embedding that is not honoured.
     """
 
     cell = "gru"
@@ -499,6 +516,11 @@ def _own_embedding(
             f"got {list(table.shape)} of {table.dtype}"
         )
     if isinstance(embedding, nn.Embedding):
+        if ignored := _ignored_options(embedding, freeze):
+            raise ValueError(
+                f"{who}: embedding must be without {ignored}, which would not be honoured; "
+                "pass its weight alone"
+            )
         embedding.weight.requires_grad_(not freeze)
         return embedding.to(**options)
     weight = table.detach().clone().to(**{k: v for k, v in options.items() if v is not None})
@@ -506,3 +528,15 @@ def _own_embedding(
         weight = weight.to(torch.get_default_dtype())
     made: nn.Embedding = nn.Embedding.from_pretrained(weight, freeze=freeze)
     return made
+
+
+def _ignored_options(embedding: nn.Embedding, freeze: bool) -> str:
+    """Name the options by which the embedding's own forward or backward would differ."""
+    of_gradients = () if freeze else ("padding_idx", "scale_grad_by_freq", "sparse")
+    options = {name: getattr(embedding, name) for name in ("max_norm", *of_gradients)}
+    # padding_idx may be 0
+    return ", ".join(
+        f"{name}={value}"
+        for name, value in options.items()
+        if value is not None and value is not False
+    )

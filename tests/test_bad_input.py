@@ -207,6 +207,10 @@ BAD_MODULES = {
         lambda: SiameseLSTM(D, H, embedding=torch.zeros(V, D, dtype=torch.int64)),
         "embedding must be floating point .* of torch.int64",
     ),
+    "embedding that renorms": (
+        lambda: dense(embedding=nn.Embedding(V, D, max_norm=2.0)),
+        r"embedding must be without max_norm=2.0, .* pass its weight alone",
+    ),
     "projected nn.LSTM": (
         lambda: SiameseLSTM.from_lstm(nn.LSTM(D, H, proj_size=2)),
         "proj_size must be 0, got 2",

@@ -151,6 +151,15 @@ def test_embedding_given_as_tensor_or_module():
     assert make(embedding=table, dtype=torch.bfloat16).embedding.weight.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("option", ["padding_idx", "scale_grad_by_freq", "sparse"])
+def test_an_embeddings_options_for_gradients_need_a_frozen_one(option):
+    own = nn.Embedding(V, D, **{option: True})
+    assert not make(embedding=own).embedding.weight.requires_grad
+    with pytest.raises(ValueError, match=f"^SiameseLSTM: embedding must be without {option}="):
+        make(embedding=own, freeze_embedding=False)
+    assert not own.weight.requires_grad
+
+
 def test_masks_of_any_number(backend):
     m = make_embedded(backend=backend)
     (left, right), lengths = draw_ids()
@@ -476,6 +485,22 @@ def test_cache_follows_writes_through_data(name):
         after = score(m, ids)
     assert not torch.equal(after, before)
     torch.testing.assert_close(after, score(m, ids).detach())
+
+
+def test_a_forgotten_projection_is_made_anew(prepares):
+    """Where nothing shows a write: behind the first column, through memory that numpy shares."""
+    table = torch.randn(V, D).numpy()
+    shared = nn.Embedding.from_pretrained(torch.from_numpy(table))
+    m = SiameseLSTM(D, H, embedding=shared, backend="torch", device="cpu")
+    ids = tuple(t.cpu() for t in draw_ids())
+    with torch.no_grad():
+        before = score(m, ids)
+        table[:, 1:] = 3
+        m.forget_projection()
+        after = score(m, ids)
+    assert not torch.allclose(after, before)
+    torch.testing.assert_close(after, score(m, ids).detach())
+    assert len(prepares) == 2
 
 
 def test_inference_mode_all_the_way(fused_backend):
