@@ -16,8 +16,7 @@ What a step computes is the cell's business: `batched_lstm`, `batched_gru`. For 
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -39,9 +38,6 @@ from fastsiam._packed import (
 )
 
 CELLS: dict[str, ModuleType] = {"lstm": batched_lstm, "gru": batched_gru}
-
-# sequences up to which an operation of a step is not worth a second thread
-SMALL = 128
 
 
 def prepare(
@@ -262,8 +258,7 @@ def _forward(
 ) -> None:
     alive = tuple(state[block.group] for state in states)
     first, visit = block.step == 0, _visitor(block, seen)
-    with _threads(block):
-        CELLS[cell].forward(gates, weight, alive, block.sizes, first, before, visit)
+    CELLS[cell].forward(gates, weight, alive, block.sizes, first, before, visit)
 
 
 def _backward(
@@ -276,10 +271,9 @@ def _backward(
     upstream: Tensor | None,
 ) -> Tensor:
     some = tuple(grad[block.group] for grad in grads)
-    with _threads(block):
-        dgates: Tensor = CELLS[cell].backward(
-            gates, before, weight, some, block.sizes, block.step == 0, upstream
-        )
+    dgates: Tensor = CELLS[cell].backward(
+        gates, before, weight, some, block.sizes, block.step == 0, upstream
+    )
     return dgates
 
 
@@ -313,20 +307,6 @@ def _of(stacked: Tensor | None, p: int) -> Tensor | None:
 
 def _zeros(like: Tensor, N: int, H: int, count: int) -> tuple[Tensor, ...]:
     return tuple(like.new_zeros(N, H) for _ in range(count))
-
-
-@contextlib.contextmanager
-def _threads(block: Block) -> Iterator[None]:
-    """Run few sequences on one thread: an operation is over before a second one wakes up."""
-    before = torch.get_num_threads()
-    if block.sizes[0] > SMALL or before == 1:
-        yield
-        return
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _distinct(ids: Tensor | None, tokens: Tensor, R: int) -> tuple[Tensor, Tensor | None]:

@@ -1,9 +1,11 @@
 """The compiled step loops against those of tensor operations, in float64."""
 
+import threading
+
 import pytest
 import torch
 
-from fastsiam import SiameseLSTM, _steps, batched, compiled, functional
+from fastsiam import SiameseLSTM, _steps, batched, batched_lstm, compiled, functional
 
 COMPILED = not _steps.obstacle(torch.device("cpu"), torch.float32, H=1)
 needs_library = pytest.mark.skipif(not COMPILED, reason="the step loops are not compiled here")
@@ -90,6 +92,28 @@ def test_threads_change_no_bit(cell):
         torch.set_num_threads(before)
     for others in found[1:]:
         assert all(torch.equal(one, two) for one, two in zip(found[0], others, strict=True))
+
+
+@pytest.mark.parametrize("name", ["forward", "backward"])
+def test_a_thread_that_begins_meanwhile_has_all_of_torchs_threads(monkeypatch, name):
+    """A thread takes torch's number when it begins, and keeps it."""
+    seen, inner = [], getattr(batched_lstm, name)
+
+    def watched(*args):
+        thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+        return inner(*args)
+
+    monkeypatch.setattr(batched_lstm, name, watched)
+    x = torch.randn(3, 4, 5, dtype=torch.float64)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        SiameseLSTM(5, 6, dtype=torch.float64, backend="torch")(x, x).sum().backward()
+    finally:
+        torch.set_num_threads(before)
+    assert set(seen) == {2}
 
 
 def one_step(table):
