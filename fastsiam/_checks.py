@@ -76,6 +76,15 @@ def _check_weights(
         raise ValueError(f"{who}: every layer and direction must have biases, or none")
 
 
+def check_tensor(who: str, name: str, given: object) -> None:
+    """Raise TypeError where an argument is something else than a tensor."""
+    if not isinstance(given, Tensor):
+        raise TypeError(
+            f"{who}: {name} must be a tensor, got {type(given).__name__}; "
+            "pass torch.as_tensor of it"
+        )
+
+
 def check_side(
     who: str,
     name: str,
@@ -124,6 +133,7 @@ def check_side(
             )
     B, T = x.shape[:2]
     if mask is not None:
+        check_tensor(who, f"{name}'s mask", mask)
         if mask.shape != (B, T):
             raise ValueError(
                 f"{who}: {name}'s mask must be [B, T] = {[B, T]}, got {list(mask.shape)}"

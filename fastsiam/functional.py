@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastsiam import _ops, reference
 from fastsiam._backend import resolve_backend
-from fastsiam._checks import Lengths, Weights, check_side
+from fastsiam._checks import Lengths, Weights, check_side, check_tensor
 from fastsiam._network import Prepared, explain, first_of, make_network, run, stack_layer
 
 __all__ = [
@@ -83,10 +83,13 @@ def siamese_similarity(
         [B] similarities in (0, 1], float32 (float64 for float64 weights), or their logarithms.
 
     Raises:
+        TypeError: an input or a mask is no tensor, but an array or a list.
         ValueError: an argument of the wrong shape, dtype or range; the message names it.
         ImportError: backend "triton" without triton.
     """
     who = "siamese_similarity"
+    check_tensor(who, "left", left)
+    check_tensor(who, "right", right)
     network = make_network(
         who,
         weights,
@@ -148,6 +151,7 @@ def siamese_encode(
     The arguments are those of one side of `siamese_similarity`, and so are the errors.
     """
     who = "siamese_encode"
+    check_tensor(who, "x", x)
     network = make_network(
         who,
         weights,

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastsiam._checks import check_tensor
 from fastsiam.functional import Lengths
 
 __all__ = ["GraphedStep", "squared_error"]
@@ -113,13 +114,16 @@ class GraphedStep:
             right: the same; its T' may differ.
             left_lengths: [B'] valid steps, tensor or list; None: all T'.
             right_lengths: the same for the right side.
-            target: [B'], what the loss compares the similarities with.
+            target: [B'], what the loss compares the similarities with. No gradient flows into it,
+                nor into left and right.
 
         Returns:
             The mean loss before the step, a tensor of one element on the device.
 
         Raises:
-            ValueError: a batch that does not fit, or a setting changed after the capture.
+            TypeError: an input or the target is no tensor, but an array or a list.
+            ValueError: a batch that does not fit or requires gradients, or a setting changed after
+                the capture.
             RuntimeError: the step does something that a CUDA graph cannot hold.
         """
         self._load((left, right), (left_lengths, right_lengths), target)
@@ -144,6 +148,13 @@ class GraphedStep:
         self, sides: tuple[Tensor, Tensor], lengths: tuple[Lengths, Lengths], target: Tensor
     ) -> None:
         """Copy a batch into the buffers; what lies behind the ends of sentences is not read."""
+        for name, part in (("left", sides[0]), ("right", sides[1]), ("target", target)):
+            check_tensor("GraphedStep", name, part)
+            if part.requires_grad:
+                raise ValueError(
+                    f"GraphedStep: {name} must not require gradients, which end at the step's "
+                    "buffers; make the layers before it a part of the module, or detach it"
+                )
         B = sides[0].shape[0]
         for name, side in zip(("left", "right"), sides, strict=True):
             if (

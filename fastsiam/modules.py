@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastsiam import _steps, functional
 from fastsiam._backend import BACKENDS
-from fastsiam._checks import GATES, POOLINGS
+from fastsiam._checks import GATES, POOLINGS, check_tensor
 from fastsiam._network import allows_tf32
 from fastsiam._packed import compute_dtype
 from fastsiam.functional import Lengths, Prepared, Weights
@@ -143,6 +143,7 @@ class _Siamese(nn.Module):
             validate: check lengths and ids of CUDA tensors too, which synchronises.
 
         Raises:
+            TypeError: an input or a mask is no tensor, but an array or a list.
             ValueError: an argument of the wrong shape, dtype, device or range.
         """
         return self._score(
@@ -397,6 +398,7 @@ class SiameseLSTM(_Siamese):
     where it has ten thousand or more), and nowhere else; call `forget_projection` after it.
 
     Raises:
+        TypeError: the embedding is no tensor, but an array or a list.
         ValueError: an argument out of range, or an option of the embedding that is not honoured.
     """
 
@@ -424,6 +426,7 @@ class SiameseGRU(_Siamese):
     reset gate acts after the product with the hidden state.
 
     Raises:
+        TypeError: the embedding is no tensor, but an array or a list.
         ValueError: an argument out of range, or an option of the embedding that is not honoured.
     """
 
@@ -510,6 +513,7 @@ def _own_embedding(
     if embedding is None:
         return None
     table = embedding.weight if isinstance(embedding, nn.Embedding) else embedding
+    check_tensor(who, "embedding", table)
     if table.ndim != 2 or table.shape[1] != D or not table.is_floating_point():
         raise ValueError(
             f"{who}: embedding must be floating point [V, D] with D = {D}, "

@@ -183,6 +183,27 @@ def test_no_backend_is_laxer(request, monkeypatch, name, call, message):
         call()
 
 
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: embedded()(ids().numpy(), ids()), "siamese_similarity: left must be a tensor"),
+        (lambda: embedded()(ids(), ids().tolist()), "siamese_similarity: right .*, got list; pass"),
+        (lambda: dense().encode(x().numpy()), "siamese_encode: x must be a tensor, got ndarray"),
+        (
+            lambda: dense()(x(), x(), left_mask=MASK.numpy(), right_mask=MASK),
+            r"siamese_similarity: left's mask must be a tensor, got ndarray; pass torch\.as_tensor",
+        ),
+        (
+            lambda: SiameseLSTM(D, H, embedding=x(V, D).numpy()),
+            "SiameseLSTM: embedding must be a tensor, got ndarray",
+        ),
+    ],
+)
+def test_what_is_no_tensor(call, message):
+    with pytest.raises(TypeError, match=f"^{message}"):
+        call()
+
+
 BAD_MODULES = {
     "no features": (lambda: SiameseLSTM(0, 3), "input_size must be at least 1, got 0"),
     "no units": (lambda: SiameseLSTM(3, -1), "hidden_size must be at least 1, got -1"),

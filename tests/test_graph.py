@@ -163,6 +163,21 @@ def test_batches_that_do_not_fit(at, value, message):
         step(*batch)
 
 
+@pytest.mark.parametrize(("at", "name"), [(0, "left"), (1, "right"), (4, "target")])
+def test_a_batch_carries_no_gradients(at, name):
+    torch.manual_seed(0)
+    module = SiameseLSTM(D, H)
+    step = GraphedStep(module, torch.optim.SGD(module.parameters(), lr=0.1), B, T)
+    batch = [torch.randn(B, T, D), torch.randn(B, T, D), None, None, torch.rand(B)]
+    step(*batch)
+    batch[at].requires_grad_()
+    with pytest.raises(ValueError, match=f"^GraphedStep: {name} must not require gradients, .*det"):
+        step(*batch)
+    batch[at] = batch[at].detach().numpy()
+    with pytest.raises(TypeError, match=f"^GraphedStep: {name} must be a tensor, got ndarray"):
+        step(*batch)
+
+
 def test_a_loss_must_be_of_each_pair():
     with pytest.raises(ValueError, match=r"loss must return one value a pair, \[7\], got \[\]"):
         made(loss=F.mse_loss)(*make_batch(B, T, 0))
