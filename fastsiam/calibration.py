@@ -26,8 +26,14 @@ class Calibration:
     """
 
     def __init__(self, predicted: Sequence[float], gold: Sequence[float]) -> None:
-        self.predicted = torch.tensor(predicted, dtype=torch.float64)
-        self.gold = torch.tensor(gold, dtype=torch.float64)
+        try:
+            x, y = ([float(knot) for knot in knots] for knots in (predicted, gold))
+        except (OverflowError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"Calibration: predicted and gold must be lists of numbers: {error}"
+            ) from error
+        self.predicted = torch.tensor(x, dtype=torch.float64)
+        self.gold = torch.tensor(y, dtype=torch.float64)
         both = torch.cat([self.predicted, self.gold])
         if not (
             len(self.predicted) == len(self.gold) >= 2

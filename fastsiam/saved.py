@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastsiam._checks import POOLINGS
@@ -22,6 +23,7 @@ from fastsiam.whole_file import write_file
 FORMAT = 2  # of a saved folder; raised when an older fastsiam could no longer read one
 CONFIG_FILE, VOCABULARY_FILE, WEIGHTS_FILE = "config.json", "vocabulary.json", "model.safetensors"
 TABLE = "embedding.weight"  # name of the word vectors among the weights
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # those of SiameseLSTM
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     for name in ("input_size", "hidden_size", "max_len"):
         value = config.get(name)
         if type(value) is not int or value < 1:
-            raise DataError(f"{path}: {name} must be a positive int, got {value!r}")
+            raise DataError(f"{path}: {name} must be a positive int, got {short(value)}")
     scales = config.get("scales")
     if (
         not isinstance(scales, list)
@@ -193,7 +195,9 @@ def _read_config(path: Path) -> dict[str, Any]:
         and all(type(limit) in (int, float) for limit in limits)
         and is_range(*limits)
     ):
-        raise DataError(f"{path}: score_range must be two numbers, the lower first, got {limits!r}")
+        raise DataError(
+            f"{path}: score_range must be two numbers, the lower first, got {short(limits)}"
+        )
     return config
 
 
@@ -222,8 +226,10 @@ def _read_weights(path: Path, config: dict[str, Any], V: int) -> dict[str, Tenso
             )
     if tensors.keys() != shapes.keys():
         raise DataError(f"{path}: holds {sorted(tensors.keys() - shapes.keys())}, unknown names")
-    if len({t.dtype for t in tensors.values()}) != 1 or not tensors[TABLE].is_floating_point():
-        raise DataError(f"{path}: the tensors must be of one floating-point type")
+    if len({t.dtype for t in tensors.values()}) != 1 or tensors[TABLE].dtype not in DTYPES:
+        raise DataError(
+            f"{path}: the tensors must be of one floating-point type, of 16 bits or more"
+        )
     if not all(bool(t.isfinite().all()) for t in tensors.values()):
         raise DataError(f"{path}: holds NaN or infinity")
     return tensors

@@ -97,6 +97,12 @@ def test_what_is_no_such_map_is_refused(predicted, gold):
         Calibration(predicted, gold)
 
 
+@pytest.mark.parametrize("knots", [[[0.1], [0.2]], [0, 10**400], [0, None], "ab", 0.5])
+def test_what_holds_no_numbers_is_refused(knots):
+    with pytest.raises(ValueError, match="predicted and gold must be lists of numbers"):
+        Calibration(knots, [0.1, 0.2])
+
+
 @pytest.mark.parametrize(
     ("predicted", "gold", "match"),
     [

@@ -233,6 +233,14 @@ DAMAGE = {
         lambda f: edit_config(f, calibration={"predicted": [0.1, 0.1], "gold": [0, 1]}),
         "calibration cannot be read: Calibration: predicted must rise",
     ),
+    "a calibration of lists": (
+        lambda f: edit_config(f, calibration={"predicted": [[0.1], [0.3]], "gold": [[0], [1]]}),
+        "calibration cannot be read: .* lists of numbers: float.. argument must be",
+    ),
+    "a calibration beyond floats": (
+        lambda f: edit_config(f, calibration={"predicted": [0, 10**400], "gold": [0, 1]}),
+        "calibration cannot be read: .* lists of numbers: int too large",
+    ),
     "half a calibration": (
         lambda f: edit_config(f, calibration={"predicted": [0, 1]}),
         "calibration cannot be read: 'gold'",
@@ -242,6 +250,7 @@ DAMAGE = {
         r"members.0.weight_ih_l0 must be \[20, 6\].*got nothing",
     ),
     "endless range": (lambda f: edit_config(f, score_range=[0, math.inf]), "two numbers"),
+    "a range beyond floats": (lambda f: edit_config(f, score_range=[1, 10**400]), "two numbers"),
     "no numbers": (lambda f: edit_config(f, score_range=[False, True]), "two numbers"),
     "one limit": (lambda f: edit_config(f, score_range=[1]), "score_range must be two numbers"),
     "other size": (lambda f: edit_config(f, hidden_size=7), r"weight_ih_l0 must be \[28, 6\]"),
@@ -281,6 +290,12 @@ DAMAGE = {
     "integers": (
         lambda f: edit_weights(f, set_row("bias_ih_l0", torch.zeros(20, dtype=torch.int32))),
         "one floating-point type",
+    ),
+    "8 bits": (
+        lambda f: edit_weights(
+            f, lambda t: t.update({name: t[name].to(torch.float8_e4m3fn) for name in t})
+        ),
+        "one floating-point type, of 16 bits or more",
     ),
     "NaN": (
         lambda f: edit_weights(f, set_row("bias_ih_l0", torch.full((20,), torch.nan))),
@@ -392,6 +407,14 @@ def test_a_damaged_folder_is_one_sentence(model, tmp_path, damage, match):
         TextSiamese.from_pretrained(tmp_path)
     assert str(tmp_path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_any_number_of_tokens_may_be_the_limit(model, tmp_path):
+    expected = model.similarity(LEFT, RIGHT)
+    model.save_pretrained(tmp_path)
+    edit_config(tmp_path, max_len=2**63)
+    loaded = TextSiamese.from_pretrained(tmp_path, device="cpu")
+    assert torch.equal(loaded.similarity(LEFT, RIGHT), expected)
 
 
 def test_a_folder_that_is_not_there(tmp_path):

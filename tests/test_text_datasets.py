@@ -239,7 +239,9 @@ def test_no_file(tmp_path):
         read_pairs(tmp_path)
 
 
-@pytest.mark.parametrize("limits", [(1, 1), (5, 1), (math.nan, 5), (0, math.inf), (-1e308, 1e308)])
+@pytest.mark.parametrize(
+    "limits", [(1, 1), (5, 1), (math.nan, 5), (0, math.inf), (-1e308, 1e308), (0, 10**400)]
+)
 def test_bad_range(limits):
     with pytest.raises(ValueError, match="score_range must be two numbers, the lower first") as e:
         read_pairs(DATA / "sts.tsv", score_range=limits)

@@ -140,7 +140,10 @@ def read_pairs(
 
 def is_range(low: float, high: float) -> bool:
     """Return whether the two are the ends of a scale: finite, the lower first, a finite width."""
-    return low < high and math.isfinite(high - low)
+    try:
+        return low < high and math.isfinite(float(high) - float(low))
+    except OverflowError:  # an int beyond all floats
+        return False
 
 
 def rows_outside(train: Pairs, *held_out: Pairs) -> list[int]:

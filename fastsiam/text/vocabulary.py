@@ -106,6 +106,7 @@ class Vocabulary:
         sizes = np.fromiter(map(len, by_part), np.int64, len(parts))
         tokens = np.concatenate([[0], sizes.cumsum()])
         lengths = torch.from_numpy(np.diff(tokens[ends], prepend=0))
+        max_len = min(max_len, len(flat))  # any int is allowed, and torch's end at 2^63
         truncated = int((lengths > max_len).sum())
         if truncated:
             starts = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
