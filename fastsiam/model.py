@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any, overload
+from numbers import Real
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from fastsiam.saved import Saved
 from fastsiam.text.batches import ordered_batches
 from fastsiam.text.datasets import is_range
 from fastsiam.text.vocabulary import Encoded, Vocabulary
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 class TextSiamese:
@@ -79,7 +83,7 @@ class TextSiamese:
         self.max_len = max_len
         self.score_range = (float(low), float(high))
         self.calibration = calibration
-        scales = [scale] if isinstance(scale, (int, float)) else list(scale)
+        scales = [float(scale)] if isinstance(scale, (float, Real)) else list(scale)
         if not scales:
             raise ValueError("TextSiamese: scale must hold a number for each member, got none")
         self.members: list[SiameseLSTM] = []
@@ -232,7 +236,7 @@ class TextSiamese:
     def search(
         self,
         query: str | Sequence[str],
-        corpus: Sequence[str] | Tensor,
+        corpus: Sequence[str] | Tensor | np.ndarray,
         k: int = 10,
         batch_size: int = 256,
     ) -> tuple[Tensor, Tensor]:
@@ -240,7 +244,8 @@ class TextSiamese:
 
         Args:
             query: one string, or n sentences.
-            corpus: m sentences, or their vectors from `encode`, which are worth keeping.
+            corpus: m sentences, or their vectors from `encode`, which are worth keeping: a tensor,
+                or an array as numpy loads it from the file of `fastsiam encode`.
             k: 1 <= k <= m.
             batch_size: sentences that are computed together.
 
@@ -253,8 +258,13 @@ class TextSiamese:
             TypeError: the corpus is one string.
             ValueError: `k` is out of range, or the corpus is not of this model's `vector_size`.
         """
+        import numpy as np
+
         if isinstance(corpus, str):
             raise TypeError("search: corpus must be a list of strings, got one string")
+        if isinstance(corpus, np.ndarray):
+            # a copy: torch warns of memory that must not be written
+            corpus = torch.tensor(corpus) if corpus.dtype.kind == "f" else corpus.tolist()
         if not isinstance(corpus, Tensor):
             corpus = self.encode(corpus, batch_size).to(self.device)
         if corpus.ndim != 2 or corpus.shape[1] != self.vector_size:
@@ -288,6 +298,7 @@ class TextSiamese:
 
         Raises:
             OSError: the folder cannot be written.
+            ValueError: a learned scale is 0, infinite or NaN, with which no model can be loaded.
         """
         Saved(
             self.vocabulary,

@@ -59,9 +59,15 @@ class Saved:
 
         Raises:
             OSError: it cannot be written.
+            ValueError: a scale is not positive and finite, as a learned one may become.
         """
         from safetensors.torch import save
 
+        if not all(0 < scale < math.inf for scale in self.scales):
+            raise ValueError(
+                f"save_pretrained: every scale must be positive and finite, got {self.scales}; "
+                "set the log_scale of such a member nearer to 0"
+            )
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = {

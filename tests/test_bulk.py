@@ -74,12 +74,24 @@ def test_search_for_one_string(model):
     assert math.isclose(similarity[4], model.similarity("the cat", corpus[index[4]]), rel_tol=1e-5)
 
 
+def test_search_in_the_vectors_of_a_file(model, tmp_path):
+    encode_file(model, write(tmp_path / "x", "\n".join(LEFT)), tmp_path / "v.npy")
+    expected = model.search(RIGHT, model.encode(LEFT), k=3)
+    for mode in (None, "r"):
+        stored = np.load(tmp_path / "v.npy", mmap_mode=mode)
+        torch.testing.assert_close(model.search(RIGHT, stored, k=3), expected)
+    # as sentences, an array is a list
+    torch.testing.assert_close(model.search(RIGHT, np.array(LEFT), k=3), expected)
+
+
 def test_search_refuses():
     model = make_model()
     with pytest.raises(TypeError, match="search: corpus must be a list of strings"):
         model.search("a", "b")
     with pytest.raises(ValueError, match=r"search: corpus must be \[m, 5\], .* got \[3, 4\]"):
         model.search("a", torch.zeros(3, 4))
+    with pytest.raises(ValueError, match=r"search: corpus must be \[m, 5\], .* got \[3, 4\]"):
+        model.search("a", np.zeros((3, 4)))
     with pytest.raises(ValueError, match="search: k must be 1 to 2, the corpus, got 3"):
         model.search("a", ["a", "b"], k=3)
     with pytest.raises(ValueError, match="search: k must be 1 to 0, the corpus, got 10"):

@@ -1,7 +1,9 @@
 import json
 import math
 import os
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -328,6 +330,21 @@ def test_two_directions_and_a_learned_scale_are_saved(tmp_path, pooling):
     expected = torch.exp(-loaded.scale * (vectors - other).abs().sum(1))
     for made in (model, loaded):
         torch.testing.assert_close(made.similarity(LEFT, RIGHT), expected, rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("log_scale", [-200.0, 200.0, math.nan])
+def test_a_scale_that_could_not_be_loaded_is_not_saved(tmp_path, log_scale):
+    model = make_model(learn_scale=True)
+    model.lstm.log_scale.data.fill_(log_scale)
+    with pytest.raises(ValueError, match=r"^save_pretrained: every scale must be pos"):
+        model.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_scale_may_be_any_number():
+    expected = make_model(scale=0.25).similarity(LEFT, RIGHT)
+    for scale in (np.float32(0.25), np.float64(0.25), Fraction(1, 4), np.array([0.25])):
+        assert torch.equal(make_model(scale=scale).similarity(LEFT, RIGHT), expected)
 
 
 def make_members(count=3):
