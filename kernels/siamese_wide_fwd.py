@@ -145,7 +145,8 @@ def _siamese_wide_fwd_kernel(
         goes_on = (carried == 0.0) & (begin < steps)
         if not RESIDENT:
             began = goes_on & (begin > 0)
-            carried = _load_cells_where(carried_ptrs, began, 6)
+            # not turned round: Triton 3.6 makes no code of that for gfx942
+            carried = tl.load(carried_ptrs, mask=began, other=0.0)
             if POOLING != "last":
                 before = _load_cells_where(pooled_ptrs, began & in_vector, 6)
                 v = tl.where(began, before, v)
