@@ -5,7 +5,8 @@ tile through all of its steps while its states are in the cache; it finds the in
 by the row of its word, in a table of all distinct words of the batch (in scoring, of the
 vocabulary). What a backward needs lies in packed rows: tile after tile, in each step after step.
 The backward goes through the tiles in blocks, so that the gradients of the gates, from which those
-of the weights are made, are still in a cache, and the next block uses the same memory.
+of the weights are made, are still in a cache; the next block uses the same memory, or with several
+threads the one after it.
 
 What it computes is told in `batched`, whose functions these are; `how` is the module of the cell.
 """

@@ -246,6 +246,7 @@ def _stack(left: Tensor, right: Tensor) -> Tensor:
         and left.shape == right.shape
         and both.is_contiguous()
         and left.is_contiguous()
+        and right.is_contiguous()
         and left.storage_offset() == both.storage_offset()
         and right.storage_offset() == both.storage_offset() + left.numel()
         and not (left.requires_grad or right.requires_grad)

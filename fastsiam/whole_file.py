@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,11 +22,12 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     beside = path.with_name(f".{path.name}.part")
     try:
         with beside.open("wb") as file:
-            if path.exists():
-                shutil.copymode(path, beside)
             yield file
             file.flush()
             os.fsync(file.fileno())
+        # none on a file system that has no modes
+        with suppress(FileNotFoundError, PermissionError):
+            shutil.copymode(path, beside)
         beside.replace(path)
     except BaseException as error:  # a full disk, or Ctrl-C
         beside.unlink(missing_ok=True)

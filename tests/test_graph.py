@@ -317,6 +317,9 @@ def test_sides_that_are_halves_of_one_tensor(batch):
     assert torch.equal(
         turned, module(both[1].clone(), both[0].clone(), lengths[1].clone(), lengths[0].clone())
     )
+    square = torch.randint(V, (2, 3, 3))
+    for right in (square[1].t(), square[1, :1].expand(3, 3)):
+        assert torch.equal(module(square[0], right), module(square[0].clone(), right.clone()))
     twice = module(both[0], both[0], lengths[0], lengths[0])
     assert torch.equal(twice, torch.ones_like(twice))
 

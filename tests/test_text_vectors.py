@@ -196,6 +196,12 @@ def test_the_first_of_repeated_words_counts(tmp_path):
     assert load_vectors([tmp_path / "v"], ["cat"]).table[1].tolist() == [1]
 
 
+def test_a_word_without_letters_is_passed_over(tmp_path):
+    """As gensim writes one."""
+    (tmp_path / "v").write_text("3 2\ncat 1 2\n 5 6\ndog 3 4\n")
+    assert load_vectors([tmp_path / "v"], ["cat", "dog"]).table[1:].tolist() == [[1, 2], [3, 4]]
+
+
 def test_a_large_file_is_never_held(tmp_path):
     count, dim = 60_000, 50
     record = np.zeros(count, dtype=[("word", "S8"), ("vector", "<f4", dim)])

@@ -193,6 +193,9 @@ def _text_records(
             continue
         # blanks and tabs, however many
         fields = raw.rsplit(None, layout.dim)
+        if len(fields) == layout.dim and raw[:1].isspace():
+            # a word without letters, which stands for no token
+            fields.insert(0, b"")
         # GloVe has words with blanks; a number there means that the vector is longer
         if len(fields) <= layout.dim or (
             len(parts := fields[0].split()) > 1 and _is_number(parts[-1])

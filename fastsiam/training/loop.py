@@ -138,6 +138,9 @@ def train(config: Config, watcher: Watcher | None = None, inputs: Inputs | None 
         observer = _Reporter(folder, model, watcher)
         try:
             outcome = _fit(config, inputs, model, world, observer, stop)
+            if outcome.signal:
+                # one of this process's own that came meanwhile asks for no more
+                stop()
         except NotFiniteError as error:
             raise NotFiniteError(
                 f"{error}: lower lr ({config.first_lr:g}) or scale ({config.scale:g})"
