@@ -3,12 +3,12 @@
 An operator runs one layer over N sequences. Both towers are one batch of N = 2B: sequence j and
 sequence B + j are a pair. Weights come stacked by direction, P of them: one, or two where the layer
 runs both ways. An operator takes the name of the cell, "lstm" or "gru", and of the backend that
-computes it, "torch" or "triton". Triton launches on the current device, so an operator makes its
-tensors' device that one.
+computes it, "torch" or "triton".
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -32,7 +32,14 @@ def _operator(compute: Callable[..., Any]) -> Callable[..., Any]:
     name = compute.__name__
     schema = torch.library.infer_schema(compute, mutates_args=())
     torch.library.define(f"fastsiam::{name}", schema)
-    torch.library.impl(f"fastsiam::{name}", "default")(compute)
+
+    @functools.wraps(compute)
+    def on_its_device(*inputs: Any) -> Any:
+        # Triton launches on the current device, whatever its tensors are on
+        with torch.cuda.device_of(next(each for each in inputs if isinstance(each, Tensor))):
+            return compute(*inputs)
+
+    torch.library.impl(f"fastsiam::{name}", "default")(on_its_device)
     operator: Callable[..., Any] = getattr(torch.ops.fastsiam, name).default
     return operator
 
@@ -48,8 +55,7 @@ def siamese_prepare(
     x: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor | None, cell: str, backend: str
 ) -> tuple[Tensor, Tensor]:
     """Project the rows of x, [R, D], and lay the recurrent weight out for `siamese_infer`."""
-    with torch.cuda.device_of(x):
-        return _layer.prepare(x, weight_ih, weight_hh, bias, cell, backend)
+    return _layer.prepare(x, weight_ih, weight_hh, bias, cell, backend)
 
 
 @_fake_of("siamese_prepare")
@@ -80,25 +86,24 @@ def siamese_infer(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Run a layer over prepared tables: similarity, L1, vectors, hidden states; see siamese_fwd."""
-    with torch.cuda.device_of(table):
-        return _layer.infer(
-            table,
-            weight,
-            ids,
-            lengths,
-            mask,
-            learned_scale,
-            scale,
-            H,
-            steps,
-            pooling,
-            paired,
-            keep_outputs,
-            allow_tf32,
-            dtype,
-            cell,
-            backend,
-        )
+    return _layer.infer(
+        table,
+        weight,
+        ids,
+        lengths,
+        mask,
+        learned_scale,
+        scale,
+        H,
+        steps,
+        pooling,
+        paired,
+        keep_outputs,
+        allow_tf32,
+        dtype,
+        cell,
+        backend,
+    )
 
 
 @_fake_of("siamese_infer")
@@ -162,26 +167,25 @@ def siamese_run(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Do what `siamese_fwd` does where no gradient is wanted: keep nothing."""
-    with torch.cuda.device_of(x):
-        return _layer.run(
-            x,
-            ids,
-            lengths,
-            mask,
-            weight_ih,
-            weight_hh,
-            bias,
-            learned_scale,
-            scale,
-            steps,
-            pooling,
-            paired,
-            keep_outputs,
-            allow_tf32,
-            cell,
-            backend,
-            keep=False,
-        )[:4]
+    return _layer.run(
+        x,
+        ids,
+        lengths,
+        mask,
+        weight_ih,
+        weight_hh,
+        bias,
+        learned_scale,
+        scale,
+        steps,
+        pooling,
+        paired,
+        keep_outputs,
+        allow_tf32,
+        cell,
+        backend,
+        keep=False,
+    )[:4]
 
 
 @_fake_of("siamese_run")
@@ -249,26 +253,25 @@ def siamese_fwd(
         Similarity and L1 [B], vectors [N, P * H], hidden states [N, steps, P * H] (empty unless
         wanted), and five tensors for the backward.
     """
-    with torch.cuda.device_of(x):
-        return _layer.run(
-            x,
-            ids,
-            lengths,
-            mask,
-            weight_ih,
-            weight_hh,
-            bias,
-            learned_scale,
-            scale,
-            steps,
-            pooling,
-            paired,
-            keep_outputs,
-            allow_tf32,
-            cell,
-            backend,
-            keep=not recompute,
-        )
+    return _layer.run(
+        x,
+        ids,
+        lengths,
+        mask,
+        weight_ih,
+        weight_hh,
+        bias,
+        learned_scale,
+        scale,
+        steps,
+        pooling,
+        paired,
+        keep_outputs,
+        allow_tf32,
+        cell,
+        backend,
+        keep=not recompute,
+    )
 
 
 @_fake_of("siamese_fwd")
@@ -352,7 +355,7 @@ def siamese_bwd(
     of_layer = x, ids, lengths, mask, weight_ih, weight_hh
     how = steps, pooling, need_dx, allow_tf32, cell, backend
     # the forward's dtypes hold, also where backward is called under autocast
-    with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
+    with torch.autocast(x.device.type, enabled=False):
         if recompute:
             grads = _layer.gradients_in_parts(of_pairs, dh, doutputs, *of_layer, bias, h, *how)
         else:
@@ -506,8 +509,7 @@ def manhattan_topk(queries: Tensor, corpus: Tensor, k: int, backend: str) -> tup
     if backend == "triton":
         from fastsiam.kernels.pairwise import manhattan_pairs
 
-        with torch.cuda.device_of(queries):
-            return _topk.manhattan_topk(queries, corpus, k, manhattan_pairs)
+        return _topk.manhattan_topk(queries, corpus, k, manhattan_pairs)
     return _topk.manhattan_topk(queries, corpus, k)
 
 
