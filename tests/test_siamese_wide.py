@@ -184,6 +184,19 @@ def test_gradients_of_any_size(triton, kind):
         assert torch.equal(gradient, other * 2.0**-70)
 
 
+def test_gradients_without_records(triton):
+    """Of layers that the backward runs again they are those of the other backend."""
+    torch.manual_seed(0)
+    m = SiameseGRU(5, 129, device=DEVICE)
+    left, right = torch.randn(2, 1, 2, 5, device=DEVICE)
+    results = []
+    for m.backend, m.recompute in (("triton", True), ("torch", False)):
+        similarity = m(left, right, [2], [1])
+        results.append(torch.autograd.grad(similarity, list(m.parameters())))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", [SiameseLSTM, SiameseGRU])
 def test_bits_do_not_depend_on_batch_or_order(triton, kind):
     """A pair beside others, in tiles sorted by length, is what it is alone, or swapped."""
