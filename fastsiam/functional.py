@@ -281,6 +281,7 @@ def manhattan_topk(
         where one is wanted, score the rows that were found with `manhattan_similarity`.
 
     Raises:
+        TypeError: queries or corpus is no tensor, but an array or a list.
         ValueError: an argument of the wrong shape, dtype, device or range.
         ImportError: backend "triton" without triton.
     """
@@ -298,6 +299,8 @@ def nearest_rows(
     What `manhattan_topk` does before it makes similarities, of which those of large distances are
     all 0. Arguments and errors are its own; `who` is named in them.
     """
+    check_tensor(who, "queries", queries)
+    check_tensor(who, "corpus", corpus)
     if queries.ndim != 2 or corpus.ndim != 2 or queries.shape[1] != corpus.shape[1]:
         raise ValueError(
             f"{who}: queries and corpus must be [Q, F] and [M, F], "
