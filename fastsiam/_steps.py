@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import platform
 from importlib.machinery import EXTENSION_SUFFIXES
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -246,9 +245,8 @@ def backward(
     """
     H = h_by_gates.shape[0]
     work = _work(batch, dtable, H)
-    starts = batch.starts.tolist()
-    largest = max((starts[b] - starts[a] for a, b in pairwise(blocks)), default=0)
     tiles = batch.starts.new_tensor(blocks)
+    largest = max(batch.starts[tiles].diff().tolist(), default=0)
     dgates = None if rows is None else dtable.new_empty(2, largest, 4 * H)
     layer = _layer(
         batch,
