@@ -16,7 +16,7 @@ from fastsiam.functional import manhattan_topk
 from fastsiam.modules import SiameseLSTM
 from fastsiam.saved import Saved
 from fastsiam.text.batches import ordered_batches
-from fastsiam.text.datasets import is_range
+from fastsiam.text.columns import check_range
 from fastsiam.text.vocabulary import Encoded, Vocabulary
 
 if TYPE_CHECKING:
@@ -74,11 +74,8 @@ class TextSiamese:
             )
         if max_len < 1:
             raise ValueError(f"TextSiamese: max_len must be at least 1, got {max_len}")
+        check_range("TextSiamese", score_range)
         low, high = score_range
-        if not is_range(low, high):
-            raise ValueError(
-                f"TextSiamese: score_range must be two numbers, the lower first, got {low} {high}"
-            )
         self.vocabulary = vocabulary
         self.max_len = max_len
         self.score_range = (float(low), float(high))

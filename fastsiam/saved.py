@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastsiam._checks import POOLINGS
 from fastsiam.calibration import Calibration
-from fastsiam.text.datasets import is_range
+from fastsiam.text.columns import is_range
 from fastsiam.text.files import DataError, short
 from fastsiam.text.vocabulary import Vocabulary
 from fastsiam.whole_file import write_file

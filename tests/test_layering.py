@@ -42,7 +42,7 @@ ORDER = [
     ("graph",),
     ("device", "whole_file"),
     ("text.files",),
-    ("text.legacy", "text.tables"),
+    ("text.columns", "text.legacy", "text.tables"),
     ("text.datasets",),
     ("text.streams",),
     ("text.tokens",),

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-import math
+import io
 import re
-import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from os import PathLike
-from pathlib import Path
 
-from fastsiam.text.files import DataError, check_file, is_unicode, short
+from fastsiam.text.columns import (
+    DEFAULT_RANGE,
+    ENTAILMENT_COLUMN,
+    as_entailment,
+    as_score,
+    as_sentence,
+    check_range,
+    choose_columns,
+    find_columns,
+    is_range,
+)
+from fastsiam.text.files import DataError, check_file
 from fastsiam.text.legacy import pickle_rows
-from fastsiam.text.tables import find_columns, read_table
+from fastsiam.text.tables import read_table
 
 __all__ = [
     "DataError",
@@ -20,19 +29,11 @@ __all__ = [
     "drop_repeats",
     "is_range",
     "join_pairs",
+    "pair_key",
+    "pair_keys",
     "read_pairs",
     "rows_outside",
 ]
-
-ENTAILMENT_COLUMN = "entailment_judgment"  # of SICK
-ENTAILMENTS = ("CONTRADICTION", "NEUTRAL", "ENTAILMENT")
-
-# headers that need no columns=: the two sentences, the score, and the range that its makers state
-KNOWN_HEADERS: dict[tuple[str, str, str], tuple[float, float]] = {
-    ("sentence_A", "sentence_B", "relatedness_score"): (1.0, 5.0),  # SICK
-    ("sentence1", "sentence2", "score"): (0.0, 5.0),  # STS
-}
-DEFAULT_RANGE = (1.0, 5.0)
 
 
 @dataclass(frozen=True)
@@ -109,28 +110,25 @@ def read_pairs(
         isinstance(columns, str) or not len(columns) == len(set(columns)) == 3
     ):
         raise ValueError(f"read_pairs: columns must be three different names, got {columns!r}")
-    if score_range is not None and not is_range(*score_range):
-        low, high = score_range
-        raise ValueError(
-            f"read_pairs: score_range must be two numbers, the lower first, got {low} {high}"
-        )
+    if score_range is not None:
+        check_range("read_pairs", score_range)
     path = check_file(path)
     data = path.read_bytes()
     if path.suffix in (".p", ".pkl", ".pickle") or data.startswith((b"(lp", b"\x80")):
         rows, limits = pickle_rows(path, data), DEFAULT_RANGE
     else:
-        header, table = read_table(path, data)
-        names, limits = _choose_columns(path, header, columns)
+        header, table = read_table(str(path), io.BytesIO(data))
+        names, limits = choose_columns(str(path), header, columns)
         # the first record of JSON lines may lack a label that others have
         label = find_columns(header, [ENTAILMENT_COLUMN])[0] or ENTAILMENT_COLUMN
         rows = ((where, [*(row[name] for name in names), row.get(label)]) for where, row in table)
     low, high = score_range or limits
     pairs = Pairs([], [], [], (float(low), float(high)))
     for where, (left, right, score, *label_of_row) in rows:
-        pairs.left.append(_sentence(where, left))
-        pairs.right.append(_sentence(where, right))
-        pairs.score.append(_score(where, score, pairs.score_range))
-        pairs.entailment.append(_entailment(*label_of_row))
+        pairs.left.append(as_sentence(where, left))
+        pairs.right.append(as_sentence(where, right))
+        pairs.score.append(as_score(where, score, pairs.score_range))
+        pairs.entailment.append(as_entailment(*label_of_row))
     if not pairs.score:
         raise DataError(f"{path}: no sentence pair in the file")
     if max(pairs.entailment) < 0:
@@ -138,41 +136,42 @@ def read_pairs(
     return pairs
 
 
-def is_range(low: float, high: float) -> bool:
-    """Return whether the two are the ends of a scale: finite, the lower first, a finite width."""
-    try:
-        return low < high and math.isfinite(float(high) - float(low))
-    except OverflowError:  # an int beyond all floats
-        return False
+def pair_key(left: str, right: str) -> tuple[str, ...]:
+    """Return what is equal for two pairs that are the same.
+
+    These are pairs whose sentences, in either order, are equal after lower-casing and removing
+    punctuation.
+    """
+    plain = (" ".join(re.sub(r"[^\w\s]", "", text.lower()).split()) for text in (left, right))
+    return tuple(sorted(plain))
+
+
+def pair_keys(*parts: Pairs) -> Iterator[tuple[str, ...]]:
+    """Yield the `pair_key` of every pair."""
+    for part in parts:
+        yield from map(pair_key, part.left, part.right)
 
 
 def rows_outside(train: Pairs, *held_out: Pairs) -> list[int]:
     """Return the rows of `train` whose pair is in none of the held-out parts, in order.
 
-    Two pairs are the same when their sentences, in either order, are equal after lower-casing and
-    removing punctuation.
+    Two pairs are the same when their `pair_key` is.
     """
-    held = {
-        _pair_key(*pair) for part in held_out for pair in zip(part.left, part.right, strict=True)
-    }
-    return [
-        row
-        for row, pair in enumerate(zip(train.left, train.right, strict=True))
-        if _pair_key(*pair) not in held
-    ]
+    held = set(pair_keys(*held_out))
+    return [row for row, key in enumerate(pair_keys(train)) if key not in held]
 
 
-def drop_repeats(train: Pairs, held_out: Pairs) -> tuple[Pairs, int]:
-    """Leave out the training pairs that the held-out part holds too, as `rows_outside` tells them.
+def drop_repeats(train: Pairs, *held_out: Pairs) -> tuple[Pairs, int]:
+    """Leave out the training pairs that a held-out part holds too, as `rows_outside` tells them.
 
     Args:
         train: pairs to filter.
         held_out: pairs to be scored later.
 
     Returns:
-        The pairs of `train` that are not in `held_out`, in order, and how many were dropped.
+        The pairs of `train` that are in no held-out part, in order, and how many were dropped.
     """
-    kept = train.take(rows_outside(train, held_out))
+    kept = train.take(rows_outside(train, *held_out))
     return kept, len(train) - len(kept)
 
 
@@ -191,70 +190,3 @@ def join_pairs(first: Pairs, second: Pairs) -> Pairs:
         first.score_range,
         entailment,
     )
-
-
-def _pair_key(left: str, right: str) -> tuple[str, ...]:
-    plain = (" ".join(re.sub(r"[^\w\s]", "", text.lower()).split()) for text in (left, right))
-    return tuple(sorted(plain))
-
-
-def _choose_columns(
-    path: Path, header: Sequence[str], columns: tuple[str, str, str] | None
-) -> tuple[list[str], tuple[float, float]]:
-    """Return the header's names of the two sentences and the score, and the default range."""
-    shown = textwrap.shorten(", ".join(header), 200, placeholder=" ...")
-    by_header = [known for known in KNOWN_HEADERS if None not in find_columns(header, known)]
-    wanted = columns or next(iter(by_header), None)
-    if wanted is None:
-        raise DataError(
-            f"{path}: the header is none of the known ones; name the two sentences and the score "
-            f"(columns=, --columns LEFT,RIGHT,SCORE); the columns are {shown}"
-        )
-    names = []
-    for asked, name in zip(wanted, find_columns(header, wanted), strict=True):
-        if name is None:
-            raise DataError(f"{path}: no column {asked!r}; the columns are {shown}")
-        if header.count(name) > 1:
-            raise DataError(f"{path}: the header names the column {name!r} more than once")
-        if name in names:
-            raise ValueError(
-                f"{path}: columns must be three different names, got {asked!r} for the column "
-                f"{name!r}, which is named already"
-            )
-        names.append(name)
-    limits = (KNOWN_HEADERS[known] for known in by_header if find_columns(header, known) == names)
-    return names, next(limits, DEFAULT_RANGE)
-
-
-def _sentence(where: str, value: object) -> str:
-    if isinstance(value, bytes):
-        try:
-            return value.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise DataError(f"{where}: must be UTF-8 text, got {short(value)}") from error
-    if not isinstance(value, str):
-        raise DataError(f"{where}: a sentence must be text, got {short(value)}")
-    if not is_unicode(value):
-        raise DataError(
-            f"{where}: a sentence must be Unicode text, got half a surrogate pair in {short(value)}"
-        )
-    return value
-
-
-def _score(where: str, value: object, limits: tuple[float, float]) -> float:
-    try:
-        if isinstance(value, bool) or not isinstance(value, (int, float, str, bytes)):
-            raise ValueError
-        score = float(value)
-    except (ValueError, OverflowError):
-        raise DataError(f"{where}: the score must be a number, got {short(value)}") from None
-    low, high = limits
-    if not low <= score <= high:  # also refuses NaN
-        raise DataError(f"{where}: the score must be from {low:g} to {high:g}, got {short(value)}")
-    return score
-
-
-def _entailment(value: object = None) -> int:
-    if isinstance(value, bytes):
-        value = value.decode("utf-8", "replace")
-    return ENTAILMENTS.index(value) if value in ENTAILMENTS else -1

@@ -6,11 +6,10 @@ from collections.abc import Iterator
 from itertools import count
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
-from fastsiam.text.datasets import _choose_columns, _score, _sentence, is_range
+from fastsiam.text.columns import as_score, as_sentence, check_range, choose_columns
 from fastsiam.text.files import DataError, check_file
-from fastsiam.text.tables import open_table
+from fastsiam.text.tables import Row, read_table
 
 ScoredPair = tuple[str, str, float]  # two sentences and their similarity, 0..1
 
@@ -38,37 +37,23 @@ def stream_pairs(
         ValueError: `score_range` is not two finite numbers, the lower first, or two of `columns`
             name one column.
     """
-    if score_range is not None and not is_range(*score_range):
-        low, high = score_range
-        raise ValueError(
-            f"stream_pairs: score_range must be two numbers, the lower first, got {low} {high}"
-        )
+    if score_range is not None:
+        check_range("stream_pairs", score_range)
     path = check_file(path)
     with path.open("rb") as file:
         parquet = file.read(4) == b"PAR1"
         file.seek(0)
-        header, rows = _parquet_rows(path) if parquet else _text_rows(path, file)
-        names, limits = _choose_columns(path, header, columns)
+        header, rows = _parquet_rows(path) if parquet else read_table(str(path), file)
+        names, limits = choose_columns(str(path), header, columns)
         low, high = score_range or limits
         for where, row in rows:
             left, right, score = (row[name] for name in names)
-            value = _score(where, score, (low, high))
-            pair = _sentence(where, left), _sentence(where, right)
+            value = as_score(where, score, (low, high))
+            pair = as_sentence(where, left), as_sentence(where, right)
             yield *pair, (value - low) / (high - low)
 
 
-def _text_rows(path: Path, file: Any) -> tuple[list[str], Iterator[tuple[str, Any]]]:
-    table = open_table(str(path), file)
-
-    def rows() -> Iterator[tuple[str, Any]]:
-        for number, row in table.rows:
-            fields = row if isinstance(row, dict) else dict(zip(table.header, row, strict=True))
-            yield f"{path}, line {number}", fields
-
-    return table.header, rows()
-
-
-def _parquet_rows(path: Path) -> tuple[list[str], Iterator[tuple[str, Any]]]:
+def _parquet_rows(path: Path) -> tuple[list[str], Iterator[Row]]:
     try:
         import datasets
     except ImportError as error:

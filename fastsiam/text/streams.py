@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -13,9 +12,9 @@ from os import PathLike
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from fastsiam.text.datasets import KNOWN_HEADERS, _sentence
+from fastsiam.text.columns import KNOWN_HEADERS, as_sentence, find_columns, need_columns, shown
 from fastsiam.text.files import DataError, is_unicode
-from fastsiam.text.tables import Table, find_columns, open_table, read_lines
+from fastsiam.text.tables import Table, open_table, read_lines
 from fastsiam.whole_file import whole_file
 
 ROWS = 8192  # in a block
@@ -44,7 +43,7 @@ def read_sentences(name: str, stream: BinaryIO, column: str | None) -> Iterator[
     """
     if column is not None:
         table = _open_table(name, stream, [column])
-        (found,) = _find(name, table, [column])
+        (found,) = need_columns(name, table.header, [column])
         yield from _blocks(name, table, [found])
         return
     lines = read_lines(name, stream)
@@ -82,9 +81,9 @@ def read_pairs(
         raise DataError(
             f"{name}: the header is none of the known ones; name the two sentences (columns=, "
             "--columns LEFT,RIGHT), by numbers such as 1,2 where there is no header; the columns "
-            f"are {_shown(table)}"
+            f"are {shown(table.header)}"
         )
-    return table.titled, _blocks(name, table, _find(name, table, columns))
+    return table.titled, _blocks(name, table, need_columns(name, table.header, columns))
 
 
 @contextmanager
@@ -147,22 +146,6 @@ def _open_table(name: str, stream: BinaryIO, columns: Sequence[str] | None) -> T
     return open_table(name, stream, header=not numbered)
 
 
-def _find(name: str, table: Table, columns: Sequence[str]) -> list[str]:
-    """Return the columns' names as the table has them."""
-    found = []
-    for wanted, column in zip(columns, find_columns(table.header, columns), strict=True):
-        if column is None:
-            raise DataError(f"{name}: no column {wanted!r}; the columns are {_shown(table)}")
-        if table.header.count(column) > 1:
-            raise DataError(f"{name}: the header names the column {column!r} more than once")
-        found.append(column)
-    return found
-
-
-def _shown(table: Table) -> str:
-    return textwrap.shorten(", ".join(table.header), 200, placeholder=" ...")
-
-
 def _blocks(name: str, table: Table, columns: Sequence[str]) -> Iterator[Block]:
     while some := list(islice(table.rows, ROWS)):
         numbers, fields = zip(*some, strict=True)
@@ -171,5 +154,5 @@ def _blocks(name: str, table: Table, columns: Sequence[str]) -> Iterator[Block]:
             # JSON has other ones, and halves of characters
             if set(map(type, values)) != {str} or not is_unicode("".join(values)):
                 for number, value in zip(numbers, values, strict=True):
-                    _sentence(f"{name}, line {number}", value)
+                    as_sentence(f"{name}, line {number}", value)
         yield block

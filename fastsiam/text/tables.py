@@ -5,10 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 from fastsiam.text.files import DataError, short
@@ -35,12 +34,12 @@ class Table:
     rows: Iterator[tuple[int, Any]]
 
 
-def read_table(path: Path, data: bytes) -> tuple[list[str], Iterator[Row]]:
-    """Tell the kind of table by its content and read it.
+def read_table(name: str, stream: BinaryIO) -> tuple[list[str], Iterator[Row]]:
+    """Tell the kind of table by its first lines and read it as its rows are asked for.
 
     Args:
-        path: the file's name, for messages.
-        data: its bytes.
+        name: of the file, for messages.
+        stream: its bytes, UTF-8.
 
     Returns:
         The names of the columns and the rows, blank lines left out.
@@ -48,12 +47,12 @@ def read_table(path: Path, data: bytes) -> tuple[list[str], Iterator[Row]]:
     Raises:
         DataError: not UTF-8, no header, or, while the rows are read, a line that does not fit.
     """
-    table = open_table(str(path), io.BytesIO(data))
+    table = open_table(name, stream)
 
     def rows() -> Iterator[Row]:
         for number, row in table.rows:
             fields = row if isinstance(row, dict) else dict(zip(table.header, row, strict=True))
-            yield f"{path}, line {number}", fields
+            yield f"{name}, line {number}", fields
 
     return table.header, rows()
 
@@ -81,13 +80,6 @@ def open_table(name: str, stream: BinaryIO, *, header: bool = True) -> Table:
     if start.lstrip().startswith(("{", "[{")):  # an array is refused there, with its line
         return _json_table(name, blocks)
     return _delimited_table(name, start, blocks, header)
-
-
-def find_columns(header: Sequence[str], wanted: Sequence[str]) -> list[str | None]:
-    """Return the header's name for each wanted one, in any letter case; None for one not there."""
-    # an exact name wins over one in another letter case
-    by_name = {name.lower(): name for name in reversed(header)} | {name: name for name in header}
-    return [by_name.get(name, by_name.get(name.lower())) for name in wanted]
 
 
 def read_lines(name: str, stream: BinaryIO) -> Iterator[tuple[int, str]]:

@@ -14,8 +14,8 @@ from fastsiam.model import cut
 from fastsiam.text.datasets import (
     DataError,
     Pairs,
-    _pair_key,
     join_pairs,
+    pair_key,
     read_pairs,
     rows_outside,
 )
@@ -227,7 +227,7 @@ def _number(parts: Mapping[str, Pairs]) -> dict[str, Tensor]:
     return {
         name: torch.tensor(
             [
-                numbers.setdefault(_pair_key(*pair), len(numbers))
+                numbers.setdefault(pair_key(*pair), len(numbers))
                 for pair in zip(pairs.left, pairs.right, strict=True)
             ]
         )

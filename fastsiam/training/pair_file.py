@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastsiam.text.datasets import Pairs, _pair_key
+from fastsiam.text.datasets import Pairs, pair_key, pair_keys
 from fastsiam.text.files import DataError
 from fastsiam.text.scored import ScoredPair, stream_pairs
 from fastsiam.text.tokens import tokenize
@@ -61,16 +61,14 @@ def look_through(
     Raises:
         DataError: the file cannot be used, or no pair is left.
     """
-    held = {
-        _pair_key(*pair) for part in held_out for pair in zip(part.left, part.right, strict=True)
-    }
+    held = set(pair_keys(*held_out))
     repeats: set[int] = set()
     words: Counter[str] = Counter()
     digest = hashlib.sha256()
     truncated, number = 0, -1
     for number, pair in enumerate(stream_pairs(path, columns=columns, score_range=score_range)):
         left, right, _ = pair
-        if _pair_key(left, right) in held:
+        if pair_key(left, right) in held:
             repeats.add(number)
             continue
         digest.update(repr(pair).encode())
