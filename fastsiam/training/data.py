@@ -14,8 +14,9 @@ from fastsiam.model import cut
 from fastsiam.text.datasets import (
     DataError,
     Pairs,
+    drop_repeats,
     join_pairs,
-    pair_key,
+    pair_keys,
     read_pairs,
     rows_outside,
 )
@@ -165,16 +166,13 @@ def load_inputs(config: Config) -> Inputs:
     for phase, path in {"pretrain": config.pretrain, "train": config.train}.items():
         if path is None:
             continue
-        pairs = _read(config, path)
-        phases[phase] = pairs.take(rows_outside(pairs, *kept_from))
-        dropped[phase] = len(pairs) - len(phases[phase])
+        phases[phase], dropped[phase] = drop_repeats(_read(config, path), *kept_from)
         if not len(phases[phase]):
             raise DataError(
-                f"{path}: each of its {len(pairs)} pairs is in the dev or the test file too"
+                f"{path}: each of its {dropped[phase]} pairs is in the dev or the test file too"
             )
     if config.train_on_dev:
-        usable = dev.take(rows_outside(dev, *kept_from))
-        dropped["dev"] = len(dev) - len(usable)
+        usable, dropped["dev"] = drop_repeats(dev, *kept_from)
         phases["train"] = join_pairs(phases["train"], usable)
     if config.entailment_weight and not phases["train"].entailment:
         raise DataError(
@@ -182,13 +180,14 @@ def load_inputs(config: Config) -> Inputs:
             "entailment_judgment) to learn; set entailment_weight to 0"
         )
 
-    if config.calibrate:
-        different = len(_number({"train": phases["train"]})["train"].unique())
-        if different < config.folds:
-            raise DataError(
-                f"{config.train}: must hold at least {config.folds} different pairs to calibrate "
-                f"on, one for each fold, got {different}; set calibrate to False"
-            )
+    numbers: dict[tuple[str, ...], int] = {}
+    groups = {phase: _number(pairs, numbers) for phase, pairs in phases.items()}
+    different = len(groups["train"].unique())
+    if config.calibrate and different < config.folds:
+        raise DataError(
+            f"{config.train}: must hold at least {config.folds} different pairs to calibrate on, "
+            f"one for each fold, got {different}; set calibrate to False"
+        )
 
     synonyms = {} if config.synonyms is None else load_synonyms(config.synonyms)
     parts = {**phases, "dev": dev} | ({} if test is None else {"test": test})
@@ -200,11 +199,13 @@ def load_inputs(config: Config) -> Inputs:
         swapped, rows = swap_words(phases["train"], close, generator)
         keep = rows_outside(swapped, *kept_from)
         origin += [rows[row] for row in keep]
-        parts["train"] = join_pairs(phases["train"], swapped.take(keep))
+        swapped = swapped.take(keep)
+        parts["train"] = join_pairs(phases["train"], swapped)
+        groups["train"] = torch.cat([groups["train"], _number(swapped, numbers)])
     encoded = {
         name: EncodedPairs.of(pairs, vocabulary, config.max_len) for name, pairs in parts.items()
     }
-    for phase, group in _number({phase: parts[phase] for phase in phases}).items():
+    for phase, group in groups.items():
         encoded[phase] = replace(encoded[phase], group=group)
     encoded["train"] = replace(encoded["train"], origin=torch.tensor(origin))
     return Inputs(
@@ -221,18 +222,10 @@ def load_inputs(config: Config) -> Inputs:
     )
 
 
-def _number(parts: Mapping[str, Pairs]) -> dict[str, Tensor]:
-    """Return a number for each pair, [n] int64 for each part; equal pairs have the same."""
-    numbers: dict[tuple[str, ...], int] = {}
-    return {
-        name: torch.tensor(
-            [
-                numbers.setdefault(pair_key(*pair), len(numbers))
-                for pair in zip(pairs.left, pairs.right, strict=True)
-            ]
-        )
-        for name, pairs in parts.items()
-    }
+def _number(pairs: Pairs, numbers: dict[tuple[str, ...], int]) -> Tensor:
+    """Return a number for each pair, [n] int64: that in `numbers`, where new ones are added."""
+    found = [numbers.setdefault(key, len(numbers)) for key in pair_keys(pairs)]
+    return torch.tensor(found, dtype=torch.int64)
 
 
 def _deal(group: Tensor, folds: int) -> Tensor:
