@@ -1,7 +1,8 @@
-"""One layer on one backend: what the operators of `_ops` compute, as plain functions.
+"""One layer over N sequences on one backend: what the operators of `_ops` compute.
 
-A kernel is imported when it first runs, so triton may be absent. Arguments are those of
-`_ops.siamese_fwd` and `_ops.siamese_bwd`.
+Both towers are one batch of N = 2B: sequence j and sequence B + j are a pair. Weights come stacked
+by direction, P of them: one, or two where the layer runs both ways. Arguments mean what they mean
+to `forward`. A kernel is imported when it first runs, so triton may be absent.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 from fastsiam import batched
 from fastsiam._packed import OfPairs, Saved, compute_dtype
 
-# padded tokens, and sequences, whose activations `gradients_in_parts` holds at once
+# padded tokens, and sequences, whose activations `_gradients_in_parts` holds at once
 PART_TOKENS, PART_SEQUENCES = 2**16, 1024
 
 Shape = tuple[int, ...]
@@ -50,18 +51,27 @@ def prepared_shapes(
 
 
 def saved_shapes(
-    N: int, steps: int, H: int, P: int, dtype: torch.dtype, cell: str, backend: str
+    N: int,
+    steps: int,
+    H: int,
+    P: int,
+    dtype: torch.dtype,
+    cell: str,
+    backend: str,
+    recompute: bool = False,
 ) -> tuple[tuple[Shape, ...], torch.dtype]:
-    """Return the shapes of gates, cells and states that `run` keeps, and their dtype."""
+    """Return the shapes of gates, cells and states that `forward` keeps, and their dtype."""
     if backend == "triton":
+        if recompute:
+            return ((0,),) * 3, dtype
         return _packing_of(cell).record_shapes(N, steps, H, P), dtype
-    M = N * steps
+    M = 0 if recompute else N * steps
     cells = (P, M, H) if batched.CELLS[cell].STATES == 2 else (0,)
     return ((P, M, 4 * H), cells, (P, M, H)), compute_dtype(dtype)
 
 
 def transposed_shape(weight_hh: Tensor, allow_tf32: bool) -> tuple[Shape, torch.dtype]:
-    """Return shape and dtype of weight_hh as `run` keeps it for the backward kernel."""
+    """Return shape and dtype of weight_hh as `forward` keeps it for the backward kernel."""
     from fastsiam.kernels import _packing
 
     return _packing.transposed_shape(weight_hh, allow_tf32)
@@ -85,7 +95,7 @@ def infer(
     cell: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Run a layer over prepared tables: similarity, L1, vectors, hidden states."""
+    """Run a layer over what `prepare` returned: similarity, L1, vectors, hidden states."""
     if backend == "triton":
         outputs: tuple[Tensor, Tensor, Tensor, Tensor] = _launchers(cell, H)[0](
             table,
@@ -109,7 +119,7 @@ def infer(
     return *_score(h, paired, scale, learned_scale), h.to(dtype), states.to(dtype)
 
 
-def run(
+def forward(
     x: Tensor,
     ids: Tensor | None,
     lengths: Tensor,
@@ -123,12 +133,34 @@ def run(
     pooling: str,
     paired: bool,
     keep_outputs: bool,
+    recompute: bool,
     allow_tf32: bool,
     cell: str,
     backend: str,
-    keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Run a layer from its inputs; `keep` says whether to keep what `gradients` needs."""
+    """Run a layer from its inputs.
+
+    Args:
+        x: [R, D], a table that ids, [N, steps], point into, or one row a token where ids is None.
+        lengths: [N], 0 <= length <= steps.
+        mask: [N, steps] for pooling "mask", else None.
+        weight_ih, weight_hh, bias: [P, 4H, D], [P, 4H, H] and [P, 4H] or None; the GRU's weights
+            have 3H rows and its bias (r, z, n of the input, n of the state).
+        learned_scale: one element, or None: then `scale` is the factor on L1.
+        steps: padded time steps.
+        pooling: "last", "max" or "mask".
+        paired: whether sequences j and N / 2 + j are scored.
+        keep_outputs: whether all hidden states are wanted.
+        recompute: keep nothing; a backward runs the layer again part by part.
+        allow_tf32: whether float32 products may be rounded to tf32.
+        cell: "lstm" or "gru".
+        backend: "torch" or "triton".
+
+    Returns:
+        Similarity and L1 [B], vectors [N, P * H], hidden states [N, steps, P * H] (empty unless
+        wanted), and five tensors for `backward`.
+    """
+    keep = not recompute
     H = weight_hh.shape[2]
     if backend == "triton":
         from fastsiam.kernels._packing import token_rows
@@ -174,7 +206,66 @@ def run(
     return (similarity, distance, h.to(x.dtype), states.to(x.dtype), *saved, x.new_empty(0))
 
 
-def gradients(
+def backward(
+    dsim: Tensor | None,
+    ddistance: Tensor | None,
+    dh: Tensor | None,
+    doutputs: Tensor | None,
+    x: Tensor,
+    ids: Tensor | None,
+    lengths: Tensor,
+    mask: Tensor | None,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias: Tensor | None,
+    learned_scale: Tensor | None,
+    sim: Tensor,
+    distance: Tensor,
+    h: Tensor,
+    gates: Tensor,
+    c: Tensor,
+    states: Tensor,
+    peaks: Tensor,
+    transposed: Tensor,
+    scale: float,
+    steps: int,
+    pooling: str,
+    need_dx: bool,
+    recompute: bool,
+    allow_tf32: bool,
+    cell: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of x (empty unless need_dx), weights, bias and a learned scale.
+
+    Args:
+        dsim, ddistance, dh, doutputs: the gradients of what `forward` returned first, or None.
+        sim, distance, h: what it returned of these.
+        gates, c, states, peaks, transposed: what it kept.
+    """
+    dscale = sim.new_empty(0)
+    if learned_scale is not None:
+        dscale = sim.new_zeros(1)
+        if dsim is not None:
+            dsim = dsim * -sim
+            dscale = (dsim * distance).sum().reshape(1)
+            dpair = dsim * learned_scale.to(sim.dtype)
+            ddistance = dpair if ddistance is None else ddistance + dpair
+            dsim = None
+    of_pairs = OfPairs(dsim, sim, scale, ddistance)
+    of_layer = x, ids, lengths, mask, weight_ih, weight_hh
+    how = steps, pooling, need_dx, allow_tf32, cell, backend
+    # the forward's dtypes hold, also where backward is called under autocast
+    with torch.autocast(x.device.type, enabled=False):
+        if recompute:
+            grads = _gradients_in_parts(of_pairs, dh, doutputs, *of_layer, bias, h, *how)
+        else:
+            saved = Saved(gates, c, states, peaks)
+            grads = _gradients(of_pairs, dh, doutputs, *of_layer, h, saved, transposed, *how)
+    return *grads, dscale
+
+
+def _gradients(
     of_pairs: OfPairs,
     dvectors: Tensor | None,
     doutputs: Tensor | None,
@@ -201,7 +292,7 @@ def gradients(
         dvectors: [N, P * H], or None.
         doutputs: [N, T, P * H], or None.
         h: [N, P * H] vectors.
-        saved, transposed: what `run` kept.
+        saved, transposed: what `forward` kept.
     """
     if backend == "triton":
         packing = _packing_of(cell)
@@ -254,7 +345,7 @@ def gradients(
     )
 
 
-def gradients_in_parts(
+def _gradients_in_parts(
     of_pairs: OfPairs,
     dvectors: Tensor | None,
     doutputs: Tensor | None,
@@ -273,7 +364,7 @@ def gradients_in_parts(
     cell: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Do what `gradients` does with nothing kept: run some sequences again, then the next ones."""
+    """Do what `_gradients` does with nothing kept: run some sequences again, then the next ones."""
     N, precise = lengths.shape[0], torch.promote_types(x.dtype, torch.float32)
     dv = _reach_vectors(of_pairs.total(), dvectors, h.to(precise))
     sums = [
@@ -287,10 +378,10 @@ def gradients_in_parts(
         rows = slice(start * steps, min(start + size, N) * steps) if ids is None else slice(None)
         part = (x[rows], _some(ids, some), lengths[some], _some(mask, some), weight_ih, weight_hh)
         how = (allow_tf32, cell, backend)
-        _, _, vectors, _, *kept, transposed = run(
-            *part, bias, None, 1.0, steps, pooling, False, False, *how, keep=True
+        _, _, vectors, _, *kept, transposed = forward(
+            *part, bias, None, 1.0, steps, pooling, False, False, False, *how
         )
-        found = gradients(
+        found = _gradients(
             OfPairs(None, vectors, 1.0, None),
             None if dv is None else dv[some].to(x.dtype),
             _some(doutputs, some),

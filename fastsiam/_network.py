@@ -294,7 +294,7 @@ def _fused_layer(
             network.backend,
         )
         return outputs
-    given = (
+    outputs = _ops.siamese_fwd(
         source,
         ids,
         lengths,
@@ -303,13 +303,15 @@ def _fused_layer(
         learned_scale,
         factor,
         steps,
-    )
-    how = pooling, paired, keep_outputs
-    backend = allow_tf32, network.cell, network.backend
-    if wants_grad:
-        outputs = _ops.siamese_fwd(*given, *how, network.recompute, *backend)[:4]
-    else:
-        outputs = _ops.siamese_run(*given, *how, *backend)
+        pooling,
+        paired,
+        keep_outputs,
+        # without a backward there is nothing to keep
+        network.recompute or not wants_grad,
+        allow_tf32,
+        network.cell,
+        network.backend,
+    )[:4]
     return outputs
 
 

@@ -1,10 +1,4 @@
-"""torch.library: schema, fake and gradient of the operators; `_layer` computes them.
-
-An operator runs one layer over N sequences. Both towers are one batch of N = 2B: sequence j and
-sequence B + j are a pair. Weights come stacked by direction, P of them: one, or two where the layer
-runs both ways. An operator takes the name of the cell, "lstm" or "gru", and of the backend that
-computes it, "torch" or "triton".
-"""
+"""torch.library: schema, fake and gradient of the functions of `_layer`, where they are told."""
 
 from __future__ import annotations
 
@@ -16,20 +10,19 @@ import torch
 from torch import Tensor
 
 from fastsiam import _layer, _topk
-from fastsiam._packed import OfPairs, Saved, compute_dtype
+from fastsiam._packed import compute_dtype
 
 Fake = TypeVar("Fake", bound=Callable[..., Any])
 
 _LIBRARY = torch.library.Library("fastsiam", "FRAGMENT")
 
 
-def _operator(compute: Callable[..., Any]) -> Callable[..., Any]:
-    """Register a function as an operator of the same name.
+def _operator(name: str, compute: Callable[..., Any]) -> Callable[..., Any]:
+    """Register a function, whose signature becomes the schema, as an operator.
 
     A custom_op would do, but its first call imports the compiler, two seconds of a command's life,
     and every call goes through several functions of its own.
     """
-    name = compute.__name__
     schema = torch.library.infer_schema(compute, mutates_args=())
     torch.library.define(f"fastsiam::{name}", schema)
 
@@ -50,12 +43,7 @@ def _fake_of(name: str) -> Callable[[Fake], Fake]:
     return register
 
 
-@_operator
-def siamese_prepare(
-    x: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor | None, cell: str, backend: str
-) -> tuple[Tensor, Tensor]:
-    """Project the rows of x, [R, D], and lay the recurrent weight out for `siamese_infer`."""
-    return _layer.prepare(x, weight_ih, weight_hh, bias, cell, backend)
+siamese_prepare = _operator("siamese_prepare", _layer.prepare)
 
 
 @_fake_of("siamese_prepare")
@@ -66,44 +54,7 @@ def _(
     return x.new_empty(table[0], dtype=table[1]), x.new_empty(weight[0], dtype=weight[1])
 
 
-@_operator
-def siamese_infer(
-    table: Tensor,
-    weight: Tensor,
-    ids: Tensor | None,
-    lengths: Tensor,
-    mask: Tensor | None,
-    learned_scale: Tensor | None,
-    scale: float,
-    H: int,
-    steps: int,
-    pooling: str,
-    paired: bool,
-    keep_outputs: bool,
-    allow_tf32: bool,
-    dtype: torch.dtype,
-    cell: str,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Run a layer over prepared tables: similarity, L1, vectors, hidden states; see siamese_fwd."""
-    return _layer.infer(
-        table,
-        weight,
-        ids,
-        lengths,
-        mask,
-        learned_scale,
-        scale,
-        H,
-        steps,
-        pooling,
-        paired,
-        keep_outputs,
-        allow_tf32,
-        dtype,
-        cell,
-        backend,
-    )
+siamese_infer = _operator("siamese_infer", _layer.infer)
 
 
 @_fake_of("siamese_infer")
@@ -147,131 +98,7 @@ def _fake_outputs(
     return sim, torch.empty_like(sim), h, states
 
 
-@_operator
-def siamese_run(
-    x: Tensor,
-    ids: Tensor | None,
-    lengths: Tensor,
-    mask: Tensor | None,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias: Tensor | None,
-    learned_scale: Tensor | None,
-    scale: float,
-    steps: int,
-    pooling: str,
-    paired: bool,
-    keep_outputs: bool,
-    allow_tf32: bool,
-    cell: str,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Do what `siamese_fwd` does where no gradient is wanted: keep nothing."""
-    return _layer.run(
-        x,
-        ids,
-        lengths,
-        mask,
-        weight_ih,
-        weight_hh,
-        bias,
-        learned_scale,
-        scale,
-        steps,
-        pooling,
-        paired,
-        keep_outputs,
-        allow_tf32,
-        cell,
-        backend,
-        keep=False,
-    )[:4]
-
-
-@_fake_of("siamese_run")
-def _(
-    x: Tensor,
-    ids: Tensor | None,
-    lengths: Tensor,
-    mask: Tensor | None,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias: Tensor | None,
-    learned_scale: Tensor | None,
-    scale: float,
-    steps: int,
-    pooling: str,
-    paired: bool,
-    keep_outputs: bool,
-    allow_tf32: bool,
-    cell: str,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    P, H = weight_hh.shape[0], weight_hh.shape[2]
-    return _fake_outputs(x, lengths, P * H, steps, paired, keep_outputs, x.dtype)
-
-
-@_operator
-def siamese_fwd(
-    x: Tensor,
-    ids: Tensor | None,
-    lengths: Tensor,
-    mask: Tensor | None,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias: Tensor | None,
-    learned_scale: Tensor | None,
-    scale: float,
-    steps: int,
-    pooling: str,
-    paired: bool,
-    keep_outputs: bool,
-    recompute: bool,
-    allow_tf32: bool,
-    cell: str,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Run a layer and keep the activations.
-
-    Args:
-        x: [R, D], a table that ids, [N, steps], point into, or one row a token where ids is None.
-        lengths: [N], 0 <= length <= steps.
-        mask: [N, steps] for pooling "mask", else None.
-        weight_ih, weight_hh, bias: [P, 4H, D], [P, 4H, H] and [P, 4H] or None; the GRU's weights
-            have 3H rows and its bias (r, z, n of the input, n of the state).
-        learned_scale: one element, or None: then `scale` is the factor on L1.
-        steps: padded time steps.
-        pooling: "last", "max" or "mask".
-        paired: whether sequences j and N / 2 + j are scored.
-        keep_outputs: whether all hidden states are wanted.
-        recompute: keep nothing, and let the backward run the layer again part by part.
-        allow_tf32: whether float32 products may be rounded to tf32.
-        cell: "lstm" or "gru".
-        backend: "torch" or "triton".
-
-    Returns:
-        Similarity and L1 [B], vectors [N, P * H], hidden states [N, steps, P * H] (empty unless
-        wanted), and five tensors for the backward.
-    """
-    return _layer.run(
-        x,
-        ids,
-        lengths,
-        mask,
-        weight_ih,
-        weight_hh,
-        bias,
-        learned_scale,
-        scale,
-        steps,
-        pooling,
-        paired,
-        keep_outputs,
-        allow_tf32,
-        cell,
-        backend,
-        keep=not recompute,
-    )
+siamese_fwd = _operator("siamese_fwd", _layer.forward)
 
 
 @_fake_of("siamese_fwd")
@@ -297,9 +124,7 @@ def _(
     P, H = weight_hh.shape[0], weight_hh.shape[2]
     N = lengths.shape[0]
     outputs = _fake_outputs(x, lengths, P * H, steps, paired, keep_outputs, x.dtype)
-    shapes, dtype = _layer.saved_shapes(N, steps, H, P, x.dtype, cell, backend)
-    if recompute:
-        shapes = ((0,),) * 3
+    shapes, dtype = _layer.saved_shapes(N, steps, H, P, x.dtype, cell, backend, recompute)
     gates, c, states = (x.new_empty(shape, dtype=dtype) for shape in shapes)
     kept = pooling == "max" and not recompute
     peaks = x.new_empty((N, P * H) if kept else 0, dtype=torch.int32)
@@ -310,58 +135,7 @@ def _(
     return (*outputs, gates, c, states, peaks, transposed)
 
 
-@_operator
-def siamese_bwd(
-    dsim: Tensor | None,
-    ddistance: Tensor | None,
-    dh: Tensor | None,
-    doutputs: Tensor | None,
-    x: Tensor,
-    ids: Tensor | None,
-    lengths: Tensor,
-    mask: Tensor | None,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias: Tensor | None,
-    learned_scale: Tensor | None,
-    sim: Tensor,
-    distance: Tensor,
-    h: Tensor,
-    gates: Tensor,
-    c: Tensor,
-    states: Tensor,
-    peaks: Tensor,
-    transposed: Tensor,
-    scale: float,
-    steps: int,
-    pooling: str,
-    need_dx: bool,
-    recompute: bool,
-    allow_tf32: bool,
-    cell: str,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of x (empty unless need_dx), weights, bias and a learned scale."""
-    dscale = sim.new_empty(0)
-    if learned_scale is not None:
-        dscale = sim.new_zeros(1)
-        if dsim is not None:
-            dsim = dsim * -sim
-            dscale = (dsim * distance).sum().reshape(1)
-            dpair = dsim * learned_scale.to(sim.dtype)
-            ddistance = dpair if ddistance is None else ddistance + dpair
-            dsim = None
-    of_pairs = OfPairs(dsim, sim, scale, ddistance)
-    of_layer = x, ids, lengths, mask, weight_ih, weight_hh
-    how = steps, pooling, need_dx, allow_tf32, cell, backend
-    # the forward's dtypes hold, also where backward is called under autocast
-    with torch.autocast(x.device.type, enabled=False):
-        if recompute:
-            grads = _layer.gradients_in_parts(of_pairs, dh, doutputs, *of_layer, bias, h, *how)
-        else:
-            saved = Saved(gates, c, states, peaks)
-            grads = _layer.gradients(of_pairs, dh, doutputs, *of_layer, h, saved, transposed, *how)
-    return *grads, dscale
+siamese_bwd = _operator("siamese_bwd", _layer.backward)
 
 
 @_fake_of("siamese_bwd")
@@ -416,52 +190,27 @@ class _Siamese(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, keys: Any, *inputs: Any) -> tuple[Tensor, ...]:
         output = _below_autograd(siamese_fwd, keys, inputs)
-        x, ids, lengths, mask, weight_ih, weight_hh, bias, learned_scale = inputs[:8]
+        tensors = inputs[:8]
         ctx.scale, ctx.steps, ctx.pooling, _, _, *ctx.how = inputs[8:]
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*output[4:])
         similarity, distance, h, _, *saved = output
-        ctx.save_for_backward(
-            x,
-            ids,
-            lengths,
-            mask,
-            weight_ih,
-            weight_hh,
-            bias,
-            learned_scale,
-            similarity,
-            distance,
-            h,
-            *saved,
-        )
+        # in the order in which siamese_bwd takes them
+        ctx.save_for_backward(*tensors, similarity, distance, h, *saved)
         return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, ids, lengths, mask, weight_ih, weight_hh, bias, learned_scale, *rest = ctx.saved_tensors
         reached = [None if g is None else g.contiguous() for g in grads[:4]]
         need = ctx.needs_input_grad
         if all(g is None for g in reached):
             return (None,) * len(need)
         need = need[1:]
+        tensors = ctx.saved_tensors
         dx, dweight_ih, dweight_hh, dbias, dscale = siamese_bwd(
-            *reached,
-            x,
-            ids,
-            lengths,
-            mask,
-            weight_ih,
-            weight_hh,
-            bias,
-            learned_scale,
-            *rest,
-            ctx.scale,
-            ctx.steps,
-            ctx.pooling,
-            need[0],
-            *ctx.how,
+            *reached, *tensors, ctx.scale, ctx.steps, ctx.pooling, need[0], *ctx.how
         )
+        learned_scale = tensors[7]
         return (
             None,
             dx if need[0] else None,
@@ -503,14 +252,7 @@ _LIBRARY.impl("siamese_fwd", _Siamese.apply, "Autograd", with_keyset=True)
 _LIBRARY.impl("siamese_bwd", _SiameseGradient.apply, "Autograd", with_keyset=True)
 
 
-@_operator
-def manhattan_topk(queries: Tensor, corpus: Tensor, k: int, backend: str) -> tuple[Tensor, Tensor]:
-    """Return L1, [Q, k] float32, and indices of the k rows of corpus nearest to each query."""
-    if backend == "triton":
-        from fastsiam.kernels.pairwise import manhattan_pairs
-
-        return _topk.manhattan_topk(queries, corpus, k, manhattan_pairs)
-    return _topk.manhattan_topk(queries, corpus, k)
+manhattan_topk = _operator("manhattan_topk", _topk.manhattan_topk)
 
 
 @_fake_of("manhattan_topk")

@@ -7,8 +7,6 @@ pieces the corpus comes in: equal distances stand by index.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -44,23 +42,21 @@ def manhattan_pairs(queries: Tensor, corpus: Tensor) -> Tensor:
     return distance.float()
 
 
-def manhattan_topk(
-    queries: Tensor,
-    corpus: Tensor,
-    k: int,
-    pairs: Callable[[Tensor, Tensor], Tensor] = manhattan_pairs,
-) -> tuple[Tensor, Tensor]:
+def manhattan_topk(queries: Tensor, corpus: Tensor, k: int, backend: str) -> tuple[Tensor, Tensor]:
     """Return L1 of the k rows of corpus nearest to each query, and which these are.
 
     Args:
         queries: [Q, F].
         corpus: [M, F].
         k: 1 <= k <= M.
-        pairs: what gives [Q, M] distances, float32.
+        backend: "torch" or "triton".
 
     Returns:
         [Q, k] float32 ascending, NaN last, and [Q, k] int64.
     """
+    pairs = manhattan_pairs
+    if backend == "triton":
+        from fastsiam.kernels.pairwise import manhattan_pairs as pairs
     Q, M, F = queries.shape[0], *corpus.shape
     device = queries.device
     together, numbers = LIMITS.get(device.type, LIMITS_ELSEWHERE)

@@ -48,11 +48,11 @@ def test_infer(fused_backend, ids, paired):
     weights = weight_ih, weight_hh, bias
     table, weight = _ops.siamese_prepare(x, *weights, "lstm", fused_backend)
     scale = torch.ones((), device=DEVICE) if ids else None
-    how = (pooling, paired, pooling == "max", False)
-    rest = (scale, 1.0, H, T, *how, torch.float32, "lstm", fused_backend)
+    how = (pooling, paired, pooling == "max")
+    rest = (scale, 1.0, H, T, *how, False, torch.float32, "lstm", fused_backend)
     opcheck(_ops.siamese_infer, (table, weight, row_ids, lengths, mask, *rest))
-    rest = (*weights, scale, 1.0, T, *how, "lstm", fused_backend)
-    opcheck(_ops.siamese_run, (x, row_ids, lengths, mask, *rest))
+    rest = (*weights, scale, 1.0, T, *how, True, False, "lstm", fused_backend)
+    opcheck(_ops.siamese_fwd, (x, row_ids, lengths, mask, *rest))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
