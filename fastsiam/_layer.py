@@ -365,7 +365,7 @@ def _gradients_in_parts(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Do what `_gradients` does with nothing kept: run some sequences again, then the next ones."""
-    N, precise = lengths.shape[0], torch.promote_types(x.dtype, torch.float32)
+    N, precise = lengths.shape[0], compute_dtype(x.dtype)
     dv = _reach_vectors(of_pairs.total(), dvectors, h.to(precise))
     sums = [
         torch.zeros(shape, device=x.device, dtype=precise)

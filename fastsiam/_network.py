@@ -150,9 +150,7 @@ def run(
     pooling = network.pooling if mask is None else "mask"
     if pooling == "mean":
         pooling = "mask"
-        share = lengths.clamp(1, max(x.shape[1], 1)).to(
-            torch.promote_types(network.dtype, torch.float32)
-        )
+        share = lengths.clamp(1, max(x.shape[1], 1)).to(compute_dtype(network.dtype))
         mask = share.reciprocal_().unsqueeze(1).expand(-1, x.shape[1])
     # the kernels address these by rows without gaps
     lengths = lengths.contiguous()
@@ -351,8 +349,8 @@ def _plain_layer(
         reverse = p == 1
         # an empty batch runs nothing, and not every LSTM of torch's takes one
         if network.backend == "reference" or x.shape[0] == 0:
-            run = reference.STATES[network.cell]
-            direction = run(x, lengths, weight_ih, weight_hh, bias, reverse)
+            states_of = reference.STATES[network.cell]
+            direction = states_of(x, lengths, weight_ih, weight_hh, bias, reverse)
         else:
             direction = _torch_states(network.cell, x, lengths, weight_ih, weight_hh, bias, reverse)
         states.append(direction)
@@ -363,7 +361,7 @@ def _plain_layer(
         outputs = torch.where(valid.unsqueeze(2), torch.cat(states, dim=2), 0)[:, :T]
     if not paired:
         return h.new_empty(0), h.new_empty(0), h, outputs
-    left, right = h.to(torch.promote_types(h.dtype, torch.float32)).chunk(2)
+    left, right = h.to(compute_dtype(h.dtype)).chunk(2)
     distance = reference.manhattan_distance(left, right)
     return torch.exp(-scale * distance), distance, h, outputs
 

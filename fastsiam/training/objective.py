@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from fastsiam._packed import compute_dtype
 from fastsiam.modules import SiameseLSTM
 from fastsiam.training.config import Config
 
@@ -114,7 +115,7 @@ class AuxiliaryLoss(nn.Module):
         """Return the loss of a batch."""
         u, v = self._vectors(batch.inputs)
         distance = (u - v).abs()
-        similarity = torch.exp(-self.module.scale * distance.to(_wide(u)).sum(dim=1))
+        similarity = torch.exp(-self.module.scale * distance.to(compute_dtype(u.dtype)).sum(dim=1))
         target = batch.target.to(similarity.dtype)
         loss = F.mse_loss(similarity, target)
         if self.heads:
@@ -186,10 +187,6 @@ def spread(similarity: Tensor, classes: int) -> Tensor:
     """
     at = torch.arange(classes, device=similarity.device)
     return (1 - (similarity[:, None] * (classes - 1) - at).abs()).clamp_min(0)
-
-
-def _wide(vectors: Tensor) -> torch.dtype:
-    return torch.float64 if vectors.dtype == torch.float64 else torch.float32
 
 
 def _linear(
