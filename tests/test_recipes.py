@@ -507,7 +507,7 @@ def test_swaps_come_in_both_sentences_and_keep_the_rest(tmp_path):
 @pytest.mark.parametrize(
     ("content", "match"),
     [
-        ("[1]", "must be a JSON object, got list"),
+        ("[1]", "must be a JSON object of lists of words, got list"),
         ('{"dog": "hound"}', "must map 'dog' to a list of words, got 'hound'"),
         ('{"dog": [1]}', "must map 'dog' to a list of words"),
         ("{", "must be a JSON object of lists"),

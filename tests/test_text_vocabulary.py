@@ -164,7 +164,7 @@ def test_spelling_file(tmp_path):
     [
         (b"", "the file is empty"),
         (b"{", "must be a JSON object of strings"),
-        (b'["a"]', "must be a JSON object, got list"),
+        (b'["a"]', "must be a JSON object of strings, got list"),
         (b'{"a": ["b"]}', r"must map 'a' to a word, got \['b'\]"),
         (b'{"a": "\xe9"}', "must be a JSON object of strings"),
         (rb'{"a": "\ud83d"}', r"must hold Unicode text, got 'a' and '\\ud83d'"),

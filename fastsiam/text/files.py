@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 
 class DataError(ValueError):
@@ -21,6 +23,22 @@ def check_file(path: str | PathLike[str]) -> Path:
     if not first:
         raise DataError(f"{path}: the file is empty")
     return path
+
+
+def read_object(path: str | PathLike[str], of: str) -> dict[str, Any]:
+    """Return the object that a JSON file holds; `of` says of what, for the message.
+
+    Raises:
+        DataError: the file cannot be read or holds something else.
+    """
+    path = check_file(path)
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: must be a JSON object of {of}: {error}") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{path}: must be a JSON object of {of}, got {type(found).__name__}")
+    return found
 
 
 def is_unicode(text: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from os import PathLike
 
@@ -11,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastsiam.text.datasets import Pairs
-from fastsiam.text.files import DataError, check_file
+from fastsiam.text.files import DataError, read_object
 from fastsiam.text.tokens import tokenize
 from fastsiam.text.vocabulary import Vocabulary
 
@@ -26,13 +25,7 @@ def load_synonyms(path: str | PathLike[str]) -> dict[str, list[str]]:
     Raises:
         DataError: the file cannot be read or is not such an object.
     """
-    path = check_file(path)
-    try:
-        synonyms = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: must be a JSON object of lists of words: {error}") from error
-    if not isinstance(synonyms, dict):
-        raise DataError(f"{path}: must be a JSON object, got {type(synonyms).__name__}")
+    synonyms = read_object(path, "lists of words")
     for word, others in synonyms.items():
         if not isinstance(others, list) or not all(isinstance(other, str) for other in others):
             raise DataError(f"{path}: must map {word!r} to a list of words, got {others!r}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsiam.text.files import DataError, check_file, is_unicode
+from fastsiam.text.files import DataError, is_unicode, read_object
 from fastsiam.text.tokens import part_tokens, split_parts
 
 UNKNOWN = "<unk>"
@@ -182,13 +181,7 @@ def load_spelling(path: str | PathLike[str]) -> dict[str, str]:
     Raises:
         DataError: the file cannot be read or is not a JSON object of Unicode strings.
     """
-    path = check_file(path)
-    try:
-        spelling = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: must be a JSON object of strings: {error}") from error
-    if not isinstance(spelling, dict):
-        raise DataError(f"{path}: must be a JSON object, got {type(spelling).__name__}")
+    spelling = read_object(path, "strings")
     for word, target in spelling.items():
         if not isinstance(target, str):
             raise DataError(f"{path}: must map {word!r} to a word, got {target!r}")
