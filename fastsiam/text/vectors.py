@@ -126,24 +126,20 @@ def load_vectors(
         parts.append((file, found))
 
     rows = [word for word in forms if oov == "random" or word in rules]
-    table = torch.zeros(1 + len(rows), sum(file.dim for file, _ in parts))
-    for row, word in enumerate(rows, start=1):
-        if oov == "random":
+    sizes = [file.dim for file, _ in parts]
+    table = torch.zeros(1 + len(rows), sum(sizes))
+    if oov == "random":
+        for row, word in enumerate(rows, start=1):
             table[row] = _random_vector(word, seed, table.shape[1])
-        start = 0
-        for file, found in parts:
-            columns = table[row, start : start + file.dim]
-            columns *= file.norm / math.sqrt(file.dim)
+    for columns, (file, found) in zip(table.split(sizes, dim=1), parts, strict=True):
+        columns *= file.norm / math.sqrt(file.dim)
+        for row, word in enumerate(rows, start=1):
             if word in found:
-                columns.copy_(found[word])
-            start += file.dim
-    if length is not None:
-        start = 0
-        for file, found in parts:
+                columns[row] = found[word]
+        if length is not None:
             counted = [found[word].norm() for word in counts if word in found]
             mean = torch.stack(counted or [torch.tensor(file.norm)]).mean()
-            table[:, start : start + file.dim] *= length / mean.clamp_min(1e-12)
-            start += file.dim
+            columns *= length / mean.clamp_min(1e-12)
     return WordVectors([UNKNOWN, *rows], table, _coverage(counts, rules))
 
 
