@@ -22,7 +22,7 @@ BENCH := benchmarks --benchmark-only --save-results --benchmark-columns=median,i
 .PHONY: gpu-test-1 gpu-test-2 gpu-bench-a gpu-bench-b gpu-bench-b2 gpu-bench-c gpu-bench-d gpu-bench-more gpu-auto
 
 help:
-	@echo "make demo           train, evaluate and query a small model on pairs that ship with the package"
+	@echo "make demo           make sentence pairs, train a small model on them, print its scores"
 	@echo "make test           the test suite"
 	@echo "make check          the gate: format, lint, types, tests, report in step"
 	@echo "make aot            compile every kernel for every target, print the table, compile what is launched (needs no GPU)"
