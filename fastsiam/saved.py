@@ -187,13 +187,11 @@ def _read_config(path: Path) -> dict[str, Any]:
             f"{path}: pooling must be one of {', '.join(POOLINGS)}, "
             f"got {short(config.get('pooling'))}"
         )
-    if config.get("calibration") is not None:
-        try:
-            config["calibration"] = Calibration.from_dict(config["calibration"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{path}: calibration cannot be read: {error}") from error
-    else:
-        config["calibration"] = None
+    calibration = config.get("calibration")
+    try:
+        config["calibration"] = None if calibration is None else Calibration.from_dict(calibration)
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path}: calibration cannot be read: {error}") from error
     limits = config.get("score_range")
     if not (
         isinstance(limits, list)

@@ -1,8 +1,8 @@
 """From scored sentence pairs to a trained model: the loop, its checkpoints, and what measures it.
 
 `train` goes from files to a run folder, `run_recipe` to that of an ensemble or a calibrated model
-too. `train` is made of the other names, which take a module and
-pairs of your own; nothing here is needed to train a `SiameseLSTM` in a loop of your own.
+too. `train` is made of the other names, which take a module and pairs of your own; nothing here is
+needed to train a `SiameseLSTM` in a loop of your own.
 """
 
 from fastsiam.training.checkpoint import Checkpoint

@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from fastsiam._backend import BACKENDS
+from fastsiam._checks import POOLINGS
 
 LEARNING_RATES = {"adam": 2e-3, "adadelta": 1.0}  # where none is given
 FORGET_BIASES = {"orig": 2.5, "seed": 1.0, "pytorch": None}  # None: as drawn
@@ -203,7 +204,7 @@ class Config:
             raise ValueError(f"folds must be at least 2, got {self.folds}")
         choices: dict[str, Any] = {
             "select": ("dev", "last"),
-            "pooling": ("last", "mean", "max"),
+            "pooling": POOLINGS,
             "start": FORGET_BIASES,
             "optimizer": LEARNING_RATES,
             "schedule": ("cosine", "constant"),
