@@ -62,7 +62,7 @@ ORDER = [
     ("training.config",),
     ("training.objective", "training.pair_file"),
     ("training.data",),
-    ("training.start",),
+    ("training.fingerprint", "training.start"),
     ("training.world",),
     ("training.evaluate",),
     ("training.randomness", "training.signals", "training.pack"),

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from fastsiam.device import pick_device
 from fastsiam.model import TextSiamese
@@ -18,11 +16,11 @@ from fastsiam.training.checkpoint import Checkpoint
 from fastsiam.training.config import Config
 from fastsiam.training.data import EncodedPairs, Inputs, load_inputs
 from fastsiam.training.evaluate import Evaluation, Metrics, evaluate, measure, score_pairs
+from fastsiam.training.fingerprint import fingerprint
 from fastsiam.training.fit import Fit, fit
 from fastsiam.training.guard import NotFiniteError
 from fastsiam.training.logs import Logs
 from fastsiam.training.objective import make_objective
-from fastsiam.training.pair_file import PairFile
 from fastsiam.training.phase import Phase
 from fastsiam.training.report import EpochRecord, RunFolder
 from fastsiam.training.signals import stop_signals
@@ -32,12 +30,6 @@ from fastsiam.training.stream import StreamBatches
 from fastsiam.training.world import World, find_world
 
 NEEDED = ("gensim", "matplotlib", "nltk", "safetensors", "scipy")
-# settings that a resumed run may change: names of places, and what is told of the run.
-# What the files hold is compared instead of their names
-FREE = {
-    *("train", "dev", "test", "pretrain", "vectors", "synonyms", "spelling", "out"),
-    *("device", "resume", "checkpoint_every", "log_every", "tensorboard"),
-}
 
 
 class Watcher(Protocol):
@@ -192,7 +184,7 @@ def _fit(
         checkpoint=Checkpoint(
             config.out / "checkpoints",
             every=config.checkpoint_every,
-            recipe=_recipe(config, inputs),
+            recipe=fingerprint(config, inputs),
         ),
         precision=config.precision,
         stop=stop,
@@ -276,33 +268,3 @@ def _write(
             "test": None if test is None else asdict(test.metrics),
         }
     )
-
-
-def _recipe(config: Config, inputs: Inputs) -> dict[str, Any]:
-    """Return what a resumed run must share: the settings that act on it, and the files' content."""
-    settings = {name: value for name, value in config.to_dict().items() if name not in FREE}
-    contents = {f"content of {name}": _digest(pairs) for name, pairs in inputs.phases.items()}
-    words = "\n".join(inputs.vocabulary.words).encode()
-    return {
-        **settings,
-        "content of vectors": _digest(inputs.table, words),
-        **contents,
-        "content of dev": _digest(inputs.dev),
-    }
-
-
-def _digest(value: Any, more: bytes = b"") -> str:
-    """Return a short checksum of a tensor, or of every tensor in a dataclass."""
-    digest = hashlib.sha256(more)
-
-    def add(part: Any) -> None:
-        if isinstance(part, Tensor):
-            digest.update(str(tuple(part.shape)).encode() + part.cpu().numpy().tobytes())
-        elif isinstance(part, PairFile):
-            digest.update(part.checksum.encode())
-        elif is_dataclass(part):
-            for field in fields(part):
-                add(getattr(part, field.name))
-
-    add(value)
-    return digest.hexdigest()[:12]
