@@ -21,7 +21,7 @@ from fastsiam.training.fit import Fit, fit
 from fastsiam.training.guard import NotFiniteError
 from fastsiam.training.logs import Logs
 from fastsiam.training.objective import make_objective
-from fastsiam.training.phase import Phase
+from fastsiam.training.phase import Observer, Phase
 from fastsiam.training.report import EpochRecord, RunFolder
 from fastsiam.training.signals import stop_signals
 from fastsiam.training.source import PairBatches, Source
@@ -32,20 +32,11 @@ from fastsiam.training.world import World, find_world
 NEEDED = ("gensim", "matplotlib", "nltk", "safetensors", "scipy")
 
 
-class Watcher(Protocol):
+class Watcher(Observer, Protocol):
     """Is told how a run goes; Ctrl-C in it ends the run after the step."""
 
     def on_start(self, inputs: Inputs, model: TextSiamese, pairs: int) -> None:
         """The inputs are read; `pairs` training pairs will be seen in all."""
-
-    def on_resume(self, records: Sequence[EpochRecord], step: int, pairs: int) -> None:
-        """A checkpoint was taken up: the epochs so far, the steps, and the pairs seen in them."""
-
-    def on_batch(self, pairs: int) -> None:
-        """A step is done."""
-
-    def on_epoch(self, record: EpochRecord, best: bool) -> None:
-        """An epoch is done; `best` says whether its weights are the ones kept so far."""
 
 
 @dataclass(frozen=True)
