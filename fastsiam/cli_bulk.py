@@ -33,7 +33,8 @@ Column = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="FILE is a table, and this its column: a name, or a number where there is no header.",
+        help="The sentences are this column of a table: a name, or a number where there is no "
+        "header.",
     ),
 ]
 
@@ -107,7 +108,8 @@ def search_command(
         typer.Option(metavar="SENTENCE", help="What to look for; may be given more than once."),
     ] = None,
     queries: Annotated[
-        str | None, typer.Option(metavar="FILE", help="What to look for, a sentence a line.")
+        str | None,
+        typer.Option(metavar="FILE", help="What to look for, a sentence a line; no table."),
     ] = None,
     k: Annotated[int, typer.Option("-k", help="How many to find for each query.")] = 10,
     vectors: Annotated[

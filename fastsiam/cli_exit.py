@@ -58,7 +58,7 @@ def exit_codes() -> Iterator[None]:
         # PyTorch has no class of its own for a CPU out of memory
         if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
             raise
-        code, message = ENVIRONMENT, "out of memory; lower --batch-size or --hidden-size"
+        code, message = ENVIRONMENT, "out of memory; train with lower --batch-size or --hidden-size"
     lines = filter(None, map(str.strip, message.splitlines()))
     typer.echo(f"fastsiam: {' '.join(lines)}", err=True)
     raise typer.Exit(code)
