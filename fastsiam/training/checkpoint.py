@@ -112,7 +112,7 @@ class Checkpoint:
     def files(self) -> list[Path]:
         """Return the checkpoints, the newest first."""
         found = [path for path in self.folder.glob("step-*") if NAME.fullmatch(path.name)]
-        return sorted(found, key=lambda path: int(path.name[5:-12]), reverse=True)
+        return sorted(found, key=lambda path: int(path.stem.removeprefix("step-")), reverse=True)
 
     def _check_recipe(self, saved: dict[str, Any] | None) -> None:
         if self.recipe is None or saved is None:

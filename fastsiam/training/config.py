@@ -72,15 +72,15 @@ class Config:
     Attributes:
         train: pairs to train on.
         dev: pairs whose Pearson correlation chooses the epoch that is kept.
-        vectors: word2vec files; several join side by side.
+        vectors: word2vec or GloVe files; several join side by side.
         out: the run folder, new or empty.
         test: pairs to score at the end; nothing is chosen by them.
         pretrain: pairs to train on first, by the same recipe with an optimizer of its own; the
             epoch kept of that phase is where training on `train` starts.
         synonyms: JSON file, word -> list of words to swap it with: each pair of `train` is seen
-            once more with words swapped.
+            up to twice more with words swapped.
         train_on_dev: train on the pairs of `dev` too. They can choose nothing then, so `select`
-            must be "last".
+            must be "last", and `patience` None.
         epochs: passes over the pairs, in each phase.
         pretrain_epochs: passes over the pairs of `pretrain`; None: as many as `epochs`.
         patience: epochs without a better one on dev after which a phase ends; None: it never does.

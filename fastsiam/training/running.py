@@ -51,7 +51,7 @@ class Running:
         self.moments = torch.zeros(len(ROWS), len(ROWS), dtype=torch.float64, device=device)
         # steps that counted, and their gradient norms
         self.norms = torch.zeros(2, dtype=torch.float64, device=device)
-        self.ranked: list[Tensor] = []  # [2, B] float32 each
+        self.ranked: list[Tensor] = []  # [3, B] float32 each: the first of ROWS
         self._ranked_pairs = 0
 
     @torch.no_grad()
