@@ -16,7 +16,7 @@ from fastsiam import _layer, _ops, _steps, reference
 from fastsiam._backend import Choice, resolve_backend
 from fastsiam._checks import Weights, check_network
 from fastsiam._measured import Call
-from fastsiam._packed import compute_dtype
+from fastsiam._packed import compute_dtype, stack
 
 
 class Prepared(NamedTuple):
@@ -184,18 +184,12 @@ def run(
 
 def stack_layer(network: Network, directions: Sequence[Weights]) -> _Layer:
     """Lay the directions of a layer out for `_ops`, in the network's dtype."""
-    cell, dtype = network.cell, network.dtype
-
-    def stack(tensors: list[Tensor]) -> Tensor:
-        tensors = [t.to(dtype) for t in tensors]
-        return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
-
-    bias = None
+    dtype, bias = network.dtype, None
     if directions[0].bias_ih is not None:
-        bias = stack([_bias(direction, cell) for direction in directions])
+        bias = stack([_bias(direction, network.cell).to(dtype) for direction in directions])
     return _Layer(
-        stack([direction.weight_ih for direction in directions]),
-        stack([direction.weight_hh for direction in directions]),
+        stack([direction.weight_ih.to(dtype) for direction in directions]),
+        stack([direction.weight_hh.to(dtype) for direction in directions]),
         bias,
     )
 

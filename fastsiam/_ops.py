@@ -1,4 +1,4 @@
-"""torch.library: schema, fake and gradient of the functions of `_layer`, where they are told."""
+"""torch.library: schema, fake and gradient of what `_layer` and `_topk` compute, and explain."""
 
 from __future__ import annotations
 
