@@ -14,6 +14,7 @@ from fastsiam import SiameseLSTM, _backend
 from fastsiam.functional import (
     Weights,
     manhattan_similarity,
+    manhattan_topk,
     prepare,
     siamese_encode,
     siamese_similarity,
@@ -196,6 +197,14 @@ def test_no_backend_is_laxer(request, monkeypatch, name, call, message):
         (
             lambda: SiameseLSTM(D, H, embedding=x(V, D).numpy()),
             "SiameseLSTM: embedding must be a tensor, got ndarray",
+        ),
+        (
+            lambda: manhattan_topk(x(B, H).numpy(), x(V, H), 2),
+            r"manhattan_topk: queries must be a tensor, got ndarray; pass torch\.as_tensor of it$",
+        ),
+        (
+            lambda: manhattan_topk(x(B, H), x(V, H).tolist(), 2),
+            "manhattan_topk: corpus must be a tensor, got list",
         ),
     ],
 )

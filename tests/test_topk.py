@@ -188,16 +188,6 @@ def test_bad_input(change, message):
         manhattan_topk(**arguments)
 
 
-@pytest.mark.parametrize("name", ["queries", "corpus"])
-def test_arrays_are_named(name):
-    arguments = {"queries": torch.zeros(3, 6), "corpus": torch.zeros(20, 6), "k": 2}
-    for given in (arguments[name].numpy(), arguments[name].tolist()):
-        kind = type(given).__name__
-        message = f"manhattan_topk: {name} must be a tensor, got {kind}; pass torch.as_tensor of it"
-        with pytest.raises(TypeError, match=f"^{message}$"):
-            manhattan_topk(**arguments | {name: given})
-
-
 def test_triton_takes_no_float64(triton):
     with pytest.raises(ValueError, match=r"^manhattan_topk: dtype must be .*got torch\.float64"):
         manhattan_topk(torch.zeros(1, 2).double(), torch.zeros(1, 2).double(), 1, backend="triton")
