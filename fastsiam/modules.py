@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import math
 import os
 import warnings
@@ -114,6 +115,12 @@ class _Siamese(nn.Module):
                 if parameter is not None:
                     nn.init.uniform_(parameter, -bound, bound)
 
+    def train(self, mode: bool = True) -> Self:
+        """Set training mode as nn.Module does; a change of it drops the kept projection."""
+        if mode != self.training:
+            self.forget_projection()
+        return super().train(mode)
+
     @property
     def scale(self) -> float | Tensor:
         """The factor on L1: a number, or exp of the parameter `log_scale` where it is learned."""
@@ -200,7 +207,8 @@ class _Siamese(nn.Module):
         """Project the embedding anew at the next call without gradients.
 
         To be called after a write to weights or embedding that PyTorch does not count: through
-        `.data`, or through a numpy array that shares their memory.
+        `.data`, through a numpy array that shares their memory, or by an optimizer with fused=True
+        after a call without gradients.
         """
         self._cache = _PreparedCache()
 
@@ -315,9 +323,17 @@ class _Siamese(nn.Module):
 
     def _prepared(self, weights: list[Weights], table: Tensor | None) -> Prepared | None:
         """Return the projected vocabulary where gradients are off: made once a weight version."""
-        if table is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if table is None or torch.compiler.is_exporting():
             return None
         first_layer = weights[: 2 if self.bidirectional else 1]
+        if torch.is_grad_enabled():
+            tensors = (table, *itertools.chain.from_iterable(first_layer))
+            if any(t is not None and t.requires_grad for t in tensors):
+                # a step follows, and that of a fused optimizer raises no version counter
+                self.forget_projection()
+            return None
+        if torch.compiler.is_compiling():
+            return None
         return self._cache.get(first_layer, table, self.backend, self.cell)
 
     @classmethod
@@ -392,10 +408,12 @@ class SiameseLSTM(_Siamese):
             computed as nn.LSTM computes it: with 11 bits in products and activations where
             `torch.backends.cudnn.allow_tf32` is True, which is PyTorch's default; else fully.
 
-    Without gradients the projected embedding is kept from call to call until a weight changes. A
-    write that raises no version counter (through `.data` or an array that shares the memory) is
-    seen on a CPU, in the weights and in the first column of the embedding (of some thousand rows
-    where it has ten thousand or more), and nowhere else; call `forget_projection` after it.
+    Without gradients the projected embedding is kept from call to call until a weight changes, a
+    call is made with gradients or `train` or `eval` changes the mode. A write that raises no
+    version counter (through `.data`, an array that shares the memory or an optimizer with
+    fused=True) is seen on a CPU, in the weights and in the first column of the embedding (of some
+    thousand rows where it has ten thousand or more), and nowhere else; call `forget_projection`
+    after it.
 
     Raises:
         TypeError: the embedding is no tensor, but an array or a list.
@@ -457,8 +475,10 @@ class _PreparedCache:
     """
 
     def __init__(self) -> None:
-        # key, copies, result: in one piece, since another thread may come in between
-        self._kept: tuple[tuple[Any, ...], list[Tensor], Prepared | None] = ((), [], None)
+        # key, tensors, copies, result: in one piece, since another thread may come in between. The
+        # tensors only keep their memory, so that no other tensor has their addresses
+        self._kept: tuple[tuple[Any, ...], list[Tensor], list[Tensor], Prepared | None]
+        self._kept = ((), [], [], None)
 
     def get(
         self, directions: list[Weights], table: Tensor, backend: str, cell: str
@@ -478,13 +498,13 @@ class _PreparedCache:
         )
         some = table[:: 1 + table.shape[0] // 10_000, 0]
         watched = [*tensors[:-1], some] if device == "cpu" else []
-        known, copies, prepared = self._kept
+        known, _, copies, prepared = self._kept
         if key != known or not all(map(_same_bytes, watched, copies)):
             copies = [t.detach().clone() for t in watched]
             prepared = functional.prepare(
                 directions, table, backend, cell=cell, bidirectional=len(directions) == 2
             )
-            self._kept = (key, copies, prepared)
+            self._kept = (key, [t.detach() for t in tensors], copies, prepared)
         return prepared
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _PreparedCache:

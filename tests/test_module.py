@@ -402,17 +402,21 @@ def prepares(monkeypatch):
 def test_cache_is_used_while_gradients_are_off(fused_backend, prepares):
     m = make_embedded(backend=fused_backend)
     ids = draw_ids()
-    score(m, ids)
+    expected = score(m, ids).detach()
     assert prepares == []
     for mode in (m.train, m.eval):
         mode()
         for off in (torch.no_grad, torch.inference_mode):
             with off():
-                first = score(m, ids)
+                torch.testing.assert_close(score(m, ids), expected)
                 m.encode(ids[0][0])
                 m.log_similarity(*ids[0])
-            torch.testing.assert_close(first, score(m, ids).detach())
-    assert prepares == [fused_backend]
+    # once a mode
+    assert prepares == [fused_backend] * 2
+    score(m.requires_grad_(False), ids)
+    with torch.no_grad():
+        score(m, ids)
+    assert prepares == [fused_backend] * 2
 
 
 def test_dense_inputs_have_no_cache(prepares):
@@ -485,6 +489,42 @@ def test_cache_follows_writes_through_data(name):
         after = score(m, ids)
     assert not torch.equal(after, before)
     torch.testing.assert_close(after, score(m, ids).detach())
+
+
+@pytest.mark.parametrize("scored_before_the_step", [False, True])
+def test_cache_follows_fused_optimizers(scored_before_the_step):
+    """They raise no version counter. Of so many rows the CPU compares every other one."""
+    table = torch.randn(10_001, D)
+    m = make(embedding=table, freeze_embedding=False, device="cpu", backend="torch")
+    for weight in m.parameters(recurse=False):
+        weight.requires_grad_(False)
+    optimizer = torch.optim.SGD([m.embedding.weight], lr=10.0, fused=True)
+    ids, lengths = torch.randint(5000, (2, 4, 5)) * 2 + 1, torch.tensor([5, 1, 0, 3])
+    with torch.no_grad():
+        before = score(m, (ids, lengths))
+    score(m, (ids, lengths)).sum().backward()
+    if scored_before_the_step:
+        with torch.no_grad():
+            score(m, (ids, lengths))
+    optimizer.step()
+    m.eval()
+    with torch.no_grad():
+        after = score(m, (ids, lengths))
+    assert not torch.allclose(after, before)
+    torch.testing.assert_close(after, score(m, (ids, lengths)).detach())
+
+
+def test_a_table_of_one_call_is_not_taken_for_the_next_ones():
+    """It may have the address of one that is gone, the same first column and the same version."""
+    m = make_embedded(device="cpu", backend="torch").requires_grad_(False)
+    ids = tuple(t.cpu() for t in draw_ids())
+    for _ in range(5):
+        table = {"embedding.weight": torch.randn(V, D).index_fill_(1, torch.tensor([0]), 1.0)}
+        arguments = *ids[0], ids[1], ids[1].flip(0)
+        with torch.no_grad():
+            kept = torch.func.functional_call(m, table, arguments)
+        torch.testing.assert_close(kept, torch.func.functional_call(m, table, arguments))
+        del table
 
 
 def test_a_forgotten_projection_is_made_anew(prepares):
