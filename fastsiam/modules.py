@@ -354,7 +354,9 @@ class _Siamese(nn.Module):
             network.bidirectional,
             **{"device": weight.device, "dtype": weight.dtype, **options},
         )
-        made.load_state_dict(network.state_dict(), strict=False)
+        own = (name for name, _ in made.named_parameters(recurse=False) if name != "log_scale")
+        # not of the state_dict, which names other tensors where a weight is parametrized or pruned
+        made.load_state_dict({name: getattr(network, name) for name in own}, strict=False)
         return made
 
     def _load_into(self, kind: Callable[..., Network]) -> Network:
@@ -371,8 +373,7 @@ class _Siamese(nn.Module):
             device=weight.device,
             dtype=weight.dtype,
         )
-        own = self.state_dict()
-        network.load_state_dict({name: own[name] for name in network.state_dict()})
+        network.load_state_dict({name: getattr(self, name) for name in network.state_dict()})
         return network
 
 
@@ -545,8 +546,7 @@ def _own_embedding(
                 f"{who}: embedding must be without {ignored}, which would not be honoured; "
                 "pass its weight alone"
             )
-        embedding.weight.requires_grad_(not freeze)
-        return embedding.to(**options)
+        return embedding.requires_grad_(not freeze).to(**options)
     weight = table.detach().clone().to(**{k: v for k, v in options.items() if v is not None})
     if options["dtype"] is None:
         weight = weight.to(torch.get_default_dtype())

@@ -8,6 +8,7 @@ import pytest
 import torch
 from cases import DEVICE
 from torch import nn
+from torch.nn.utils import prune
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from fastsiam import SiameseGRU, SiameseLSTM, functional
@@ -96,6 +97,24 @@ def test_to_and_from_lstm(bias, dtype):
     torch.testing.assert_close(m.encode(x), back(x)[0][:, -1])
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda network: nn.utils.parametrizations.weight_norm(network, "weight_hh_l0"),
+        lambda network: prune.l1_unstructured(network, "weight_hh_l0", 0.5),
+    ],
+    ids=["parametrized", "pruned"],
+)
+def test_to_and_from_lstm_with_computed_weights(change):
+    """Their state_dict has other names than those of the weights."""
+    lstm, m = nn.LSTM(D, H, device=DEVICE), make()
+    for network in (lstm, m):
+        change(network)
+    for name in NAMES:
+        assert torch.equal(getattr(SiameseLSTM.from_lstm(lstm), name), getattr(lstm, name))
+        assert torch.equal(getattr(m.to_lstm(), name), getattr(m, name))
+
+
 def test_from_lstm_with_an_embedding():
     table = torch.randn(V, D)
     lstm = nn.LSTM(D, H, device=DEVICE)
@@ -158,6 +177,20 @@ def test_an_embeddings_options_for_gradients_need_a_frozen_one(option):
     with pytest.raises(ValueError, match=f"^SiameseLSTM: embedding must be without {option}="):
         make(embedding=own, freeze_embedding=False)
     assert not own.weight.requires_grad
+
+
+@pytest.mark.parametrize("freeze", [True, False], ids=["frozen", "trained"])
+def test_a_parametrized_embedding(freeze):
+    own = nn.utils.parametrizations.weight_norm(nn.Embedding(V, D))
+    m = make(embedding=own, freeze_embedding=freeze)
+    ids = draw_ids()
+    score(m, ids).sum().backward()
+    for parameter in own.parameters():
+        assert (parameter.grad is None) == freeze
+    with torch.no_grad():
+        own.parametrizations.weight.original0.mul_(2)
+        plain = SiameseLSTM.from_lstm(m.to_lstm(), embedding=own.weight)
+        torch.testing.assert_close(score(m, ids), score(plain, ids))
 
 
 def test_masks_of_any_number(backend):
