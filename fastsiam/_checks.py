@@ -152,11 +152,16 @@ def check_side(
     return x, valid_steps
 
 
+def as_tensor(lengths: Tensor | Sequence[int]) -> Tensor:
+    """Return lengths as a tensor: those of a list on the CPU, whatever the default device is."""
+    return lengths if isinstance(lengths, Tensor) else torch.as_tensor(lengths, device="cpu")
+
+
 def _check_lengths(who: str, name: str, x: Tensor, lengths: Lengths, validate: bool) -> Tensor:
     B, T = x.shape[:2]
     if lengths is None:
         return torch.full((B,), T, dtype=torch.int64, device=x.device)
-    given = lengths if isinstance(lengths, Tensor) else torch.as_tensor(lengths)
+    given = as_tensor(lengths)
     if given.numel() == 0:
         given = given.long()
     if given.dtype not in (torch.int32, torch.int64):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastsiam._checks import check_tensor
+from fastsiam._checks import as_tensor, check_tensor
 from fastsiam.functional import Lengths
 
 __all__ = ["GraphedStep", "squared_error"]
@@ -74,7 +74,6 @@ class GraphedStep:
             raise ValueError(f"GraphedStep: clip must be positive or None, got {clip}")
         self.module, self.optimizer, self.loss, self.clip = module, optimizer, loss, clip
         self.B, self.T = B, T
-        self._trained = [p for group in optimizer.param_groups for p in group["params"]]
         devices = {p.device for p in (*self._trained, *module.parameters())}
         if len(devices) != 1:
             raise ValueError(
@@ -97,6 +96,11 @@ class GraphedStep:
         self._stream: torch.cuda.Stream | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._loss: Tensor | None = None
+
+    @property
+    def _trained(self) -> list[Tensor]:
+        """The optimizer's parameters, of groups that were added since, too."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def __call__(
         self,
@@ -193,6 +197,11 @@ class GraphedStep:
             ("left", "right"), self._lengths, lengths, sides, strict=True
         ):
             _load_lengths(name, valid, given, B, side.shape[1])
+        if target.dtype != self._target.dtype:
+            raise ValueError(
+                "GraphedStep: target must have the dtype of the first batch's, "
+                f"{self._target.dtype}, got {target.dtype}"
+            )
         self._target[:B].copy_(target, non_blocking=True)
         _fill_up(self._target, B)
         if B != self._pairs:
@@ -276,10 +285,10 @@ def _load_lengths(name: str, buffer: Tensor, given: Lengths, B: int, T: int) -> 
     if given is None:
         buffer.fill_(T)
         return
-    lengths = given if isinstance(given, Tensor) else torch.as_tensor(given)
-    if lengths.shape != (B,) or lengths.is_floating_point():
+    lengths = as_tensor(given)
+    if lengths.shape != (B,) or lengths.dtype not in (torch.int32, torch.int64):
         raise ValueError(
-            f"GraphedStep: {name}_lengths must be [{B}] whole numbers, "
+            f"GraphedStep: {name}_lengths must be [{B}] whole numbers (int32 or int64), "
             f"got {list(lengths.shape)} of {lengths.dtype}"
         )
     # of a device's no value is known here; the kernels keep to the buffer's T steps

@@ -119,6 +119,19 @@ def test_a_schedule_is_followed_eagerly():
     assert_same(module, other, rtol=1e-9, atol=1e-12)
 
 
+def test_parameters_that_join_later_are_clipped_too():
+    module = make_module(freeze_embedding=False)
+    other = copy.deepcopy(module)
+    optimizers = [torch.optim.SGD(m.parameters(recurse=False), lr=0.1) for m in (module, other)]
+    step = GraphedStep(module, optimizers[0], B, T, clip=0.01)
+    for optimizer, m in zip(optimizers, (module, other), strict=True):
+        optimizer.add_param_group({"params": [m.embedding.weight]})
+    batch = make_batch(B, T, 0)
+    step(*batch)
+    plain_step(other, optimizers[1], batch, clip=0.01)
+    assert_same(module, other, rtol=1e-9, atol=1e-12)
+
+
 def made(**changes):
     module = make_module()
     options = {"B": B, "T": T} | changes
@@ -150,8 +163,10 @@ def test_options_out_of_range(changes, message):
         (2, torch.full((B,), T + 1), "left_lengths must be 0 to 9, got 10 to 10"),
         (2, [-1] * B, "left_lengths must be 0 to 9, got -1 to -1"),
         (3, torch.ones(B), r"right_lengths must be \[7\] whole numbers.*float32"),
-        (3, [1] * (B - 1), r"right_lengths must be \[7\] whole numbers, got \[6\]"),
+        (3, torch.ones(B, dtype=torch.bool), r"right_lengths must be .*int64\), got \[7\] .*bool"),
+        (3, [1] * (B - 1), r"right_lengths must be \[7\] whole numbers .*, got \[6\]"),
         (4, torch.zeros(B, 1), r"target must be \[7\], got \[7, 1\]"),
+        (4, torch.zeros(B), "target must have the dtype of the first batch's, torch.float64, got"),
     ],
 )
 def test_batches_that_do_not_fit(at, value, message):

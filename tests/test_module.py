@@ -216,6 +216,8 @@ def test_lengths_of_any_kind(backend):
         assert torch.equal(m(left, right, given, given), expected)
     full = torch.full_like(lengths, 5)
     assert torch.equal(m(left, right), m(left, right, full, full))
+    with torch.device("meta"):
+        assert torch.equal(m(left, right, lengths.tolist(), lengths), expected)
 
 
 # copies
