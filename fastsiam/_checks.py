@@ -45,31 +45,45 @@ def check_network(
             f"{who}: weights must be {P} a layer (bidirectional={bidirectional}), "
             f"got {len(weights)} in all"
         )
+    for direction in weights:
+        if not isinstance(direction, Weights):
+            raise TypeError(
+                f"{who}: weights must be Weights or a list of them, got {type(direction).__name__}"
+            )
+        for name, weight in zip(Weights._fields, direction, strict=True):
+            if weight is not None or name.startswith("weight"):
+                check_tensor(who, name, weight)
     layers = [weights[first : first + P] for first in range(0, len(weights), P)]
-    H = weights[0].weight_hh.shape[-1]
-    dtype, has_bias = weights[0].weight_hh.dtype, weights[0].bias_ih is not None
+    like = weights[0].weight_hh
+    if not like.is_floating_point():
+        raise ValueError(f"{who}: weights must be floating point, got {like.dtype}")
+    H, has_bias = like.shape[-1], weights[0].bias_ih is not None
     for depth, layer in enumerate(layers):
         D = layer[0].weight_ih.shape[-1] if depth == 0 else P * H
         for direction in layer:
-            _check_weights(who, direction, GATES[cell] * H, H, D, dtype, has_bias)
+            _check_weights(who, direction, GATES[cell] * H, D, like, has_bias)
     return layers
 
 
 def _check_weights(
-    who: str, weights: Weights, rows: int, H: int, D: int, dtype: torch.dtype, has_bias: bool
+    who: str, weights: Weights, rows: int, D: int, like: Tensor, has_bias: bool
 ) -> None:
+    H = like.shape[-1]
     wanted = ((rows, D), (rows, H), (rows,), (rows,))
     for name, weight, shape in zip(Weights._fields, weights, wanted, strict=True):
-        if weight is not None and weight.shape != shape:
+        if weight is None:
+            continue
+        if weight.shape != shape:
             raise ValueError(
                 f"{who}: {name} must be {list(shape)} for H = {H} (the columns of weight_hh), "
                 f"got {list(weight.shape)}"
             )
-        if weight is not None and weight.dtype != dtype:
-            raise ValueError(
-                f"{who}: all weights must have one dtype, got {name} of {weight.dtype} and "
-                f"weight_hh of {dtype}"
-            )
+        for what in ("dtype", "device"):
+            if getattr(weight, what) != getattr(like, what):
+                raise ValueError(
+                    f"{who}: all weights must have one {what}, got {name} of "
+                    f"{getattr(weight, what)} and weight_hh of {getattr(like, what)}"
+                )
     if (weights.bias_ih is None) != (weights.bias_hh is None):
         raise ValueError(f"{who}: bias_ih and bias_hh must be given together or not at all")
     if (weights.bias_ih is not None) != has_bias:
@@ -83,6 +97,22 @@ def check_tensor(who: str, name: str, given: object) -> None:
             f"{who}: {name} must be a tensor, got {type(given).__name__}; "
             "pass torch.as_tensor of it"
         )
+
+
+def check_table(who: str, embedding: Tensor, weight: Tensor) -> None:
+    """Check an embedding against the first layer's weight_ih."""
+    check_tensor(who, "embedding", embedding)
+    D = weight.shape[1]
+    if embedding.ndim != 2 or embedding.shape[1] != D:
+        raise ValueError(
+            f"{who}: embedding must be [V, D] with D = {D}, got {list(embedding.shape)}"
+        )
+    for what in ("dtype", "device"):
+        if getattr(embedding, what) != getattr(weight, what):
+            raise ValueError(
+                f"{who}: embedding must have the weights' {what} {getattr(weight, what)}, "
+                f"got {getattr(embedding, what)}"
+            )
 
 
 def check_side(
@@ -122,15 +152,7 @@ def check_side(
                 f"{who}: {name} must be integer ids [B, T] of dtype int32 or int64 where an "
                 f"embedding is given, got {list(x.shape)} of {x.dtype}"
             )
-        if embedding.ndim != 2 or embedding.shape[1] != D:
-            raise ValueError(
-                f"{who}: embedding must be [V, D] with D = {D}, got {list(embedding.shape)}"
-            )
-        if embedding.dtype != weight.dtype:
-            raise ValueError(
-                f"{who}: embedding must have the weights' dtype {weight.dtype}, "
-                f"got {embedding.dtype}"
-            )
+        check_table(who, embedding, weight)
     B, T = x.shape[:2]
     if mask is not None:
         check_tensor(who, f"{name}'s mask", mask)

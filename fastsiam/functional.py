@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from fastsiam import _ops, reference
 from fastsiam._backend import resolve_backend
-from fastsiam._checks import Lengths, Weights, check_side, check_tensor
+from fastsiam._checks import Lengths, Weights, check_side, check_table, check_tensor
 from fastsiam._network import Prepared, explain, first_of, make_network, run, stack_layer
 
 __all__ = [
@@ -72,7 +73,8 @@ def siamese_similarity(
         left_mask: [B, T] weights of the steps; the vector is then sum_t mask[b, t] h_t over valid
             steps whatever `pooling` says. It carries no gradient.
         right_mask: the same for the right side; both or neither.
-        scale: factor on L1, > 0: a number, or a tensor of one element that may require grad.
+        scale: factor on L1, > 0 and finite: a number, or a tensor of one element, which may require
+            grad and whose value is not checked.
         log: return -scale * L1 instead, which does not underflow.
         backend: "auto", "triton", "torch", "lstm" or "reference".
         prepared: what `prepare` returned for these weights and this embedding.
@@ -120,7 +122,7 @@ def siamese_similarity(
         )
     if (left_mask is None) != (right_mask is None):
         raise ValueError(f"{who}: left_mask and right_mask must be given together or not at all")
-    _check_scale(who, scale)
+    scale = _factor(who, scale, left.device)
     mask = None
     if left_mask is not None and right_mask is not None:
         mask = _join(left_mask, right_mask)
@@ -173,13 +175,17 @@ def manhattan_similarity(u: Tensor, v: Tensor, scale: float | Tensor = 1.0) -> T
     """Return exp(-scale * L1) of the rows of u and v, [B, H] each, as [B] in (0, 1].
 
     Raises:
-        ValueError: u and v are not [B, H] of one shape.
+        TypeError: u or v is no tensor.
+        ValueError: they are not [B, H] of one shape, or the scale is out of range.
     """
+    who = "manhattan_similarity"
+    check_tensor(who, "u", u)
+    check_tensor(who, "v", v)
     if u.ndim != 2 or u.shape != v.shape:
         raise ValueError(
-            "manhattan_similarity: u and v must be [B, H] of one shape, "
-            f"got {list(u.shape)} and {list(v.shape)}"
+            f"{who}: u and v must be [B, H] of one shape, got {list(u.shape)} and {list(v.shape)}"
         )
+    scale = _factor(who, scale, u.device)
     return torch.exp(-scale * reference.manhattan_distance(u, v))
 
 
@@ -199,7 +205,13 @@ def prepare(
     Returns:
         What to hand to `siamese_similarity` or `siamese_encode` as `prepared` until a weight
         changes, or None where the backend has no use for it ("lstm" and "reference").
+
+    Raises:
+        TypeError: the embedding is no tensor.
+        ValueError: it does not fit the weights, or these do not fit each other.
+        ImportError: backend "triton" without triton.
     """
+    check_tensor("prepare", "embedding", embedding)
     with torch.no_grad():
         network = make_network(
             "prepare",
@@ -213,6 +225,7 @@ def prepare(
             None,
             False,
         )
+        check_table("prepare", embedding, first_of(weights).weight_ih)
         if network.backend not in ("torch", "triton"):
             return None
         with torch.autocast(embedding.device.type, enabled=False):
@@ -271,7 +284,7 @@ def manhattan_topk(
         queries: [Q, F], floating point.
         corpus: [M, F], of the queries' dtype and device.
         k: 1 <= k <= M.
-        scale: factor on L1, > 0: a number or a tensor of one element.
+        scale: factor on L1, > 0 and finite: a number or a tensor of one element.
         backend: "auto", "triton" or "torch".
 
     Returns:
@@ -285,8 +298,8 @@ def manhattan_topk(
         ValueError: an argument of the wrong shape, dtype, device or range.
         ImportError: backend "triton" without triton.
     """
-    _check_scale("manhattan_topk", scale)
     distance, index = nearest_rows("manhattan_topk", queries, corpus, k, backend)
+    scale = _factor("manhattan_topk", scale, distance.device)
     with torch.no_grad():
         return torch.exp(distance * -scale).float(), index
 
@@ -330,9 +343,12 @@ def nearest_rows(
     return found
 
 
-def _check_scale(who: str, scale: float | Tensor) -> None:
+def _factor(who: str, scale: float | Tensor, device: torch.device) -> float | Tensor:
+    """Return the factor on L1 as a float, or as a tensor without dimensions on a device."""
     if isinstance(scale, Tensor):
         if scale.numel() != 1:
             raise ValueError(f"{who}: scale must have one element, got {list(scale.shape)}")
-    elif not scale > 0:
-        raise ValueError(f"{who}: scale must be positive, got {scale}")
+        return scale.reshape(()).to(device)
+    if not 0 < scale < math.inf:
+        raise ValueError(f"{who}: scale must be positive and finite, got {scale}")
+    return float(scale)

@@ -206,6 +206,20 @@ def test_no_backend_is_laxer(request, monkeypatch, name, call, message):
             lambda: manhattan_topk(x(B, H), x(V, H).tolist(), 2),
             "manhattan_topk: corpus must be a tensor, got list",
         ),
+        (
+            lambda: siamese_encode(ids(), weights(), embedding=x(V, D).numpy()),
+            "siamese_encode: embedding must be a tensor, got ndarray",
+        ),
+        (lambda: prepare(weights(), x(V, D).numpy()), "prepare: embedding must be a tensor, got"),
+        (
+            lambda: siamese_encode(x(), tuple(weights())),
+            "siamese_encode: weights must be Weights or a list of them, got Tensor",
+        ),
+        (
+            lambda: siamese_encode(x(), weights(bias_ih=x(4 * H).numpy())),
+            "siamese_encode: bias_ih must be a tensor, got ndarray",
+        ),
+        (lambda: manhattan_similarity([1.0], x(1, 1)), "manhattan_similarity: u must be a tensor"),
     ],
 )
 def test_what_is_no_tensor(call, message):
@@ -269,11 +283,23 @@ def weights(**changes):
     [
         (
             lambda: siamese_similarity(x(), x(), weights(), scale=0.0),
-            "scale must be positive, got 0",
+            "scale must be positive and finite, got 0",
         ),
         (
             lambda: siamese_similarity(x(), x(), weights(), scale=-2),
-            "scale must be positive, got -2",
+            "scale must be positive and finite, got -2",
+        ),
+        (
+            lambda: siamese_similarity(x(), x(), weights(), scale=float("inf")),
+            "scale must be positive and finite, got inf",
+        ),
+        (
+            lambda: manhattan_similarity(x(B, H), x(B, H), -1.0),
+            "manhattan_similarity: scale must be positive and finite, got -1.0",
+        ),
+        (
+            lambda: manhattan_similarity(x(B, H), x(B, H), torch.ones(3)),
+            r"manhattan_similarity: scale must have one element, got \[3\]",
         ),
         (
             lambda: siamese_similarity(x(), x(), weights(), scale=torch.ones(2)),
@@ -290,6 +316,22 @@ def weights(**changes):
         (
             lambda: siamese_similarity(ids(), ids(), weights(), embedding=x(V, D).double()),
             "embedding must have the weights' dtype torch.float32, got torch.float64",
+        ),
+        (
+            lambda: siamese_encode(ids(), weights(), embedding=x(V, D, device="meta")),
+            "embedding must have the weights' device cpu, got meta",
+        ),
+        (
+            lambda: prepare(weights(), x(V, D + 1)),
+            r"prepare: embedding must be \[V, D\] with D = 5, got \[10, 6\]",
+        ),
+        (
+            lambda: prepare(weights(), x(V)),
+            r"prepare: embedding must be \[V, D\] with D = 5, got \[10\]",
+        ),
+        (
+            lambda: prepare(weights(), x(V, D).double()),
+            "prepare: embedding must have the weights' dtype torch.float32, got torch.float64",
         ),
         (
             lambda: siamese_encode(x(), weights(weight_hh=x(4 * H + 1, H))),
@@ -310,6 +352,14 @@ def weights(**changes):
         (
             lambda: siamese_encode(x(), weights(bias_hh=x(4 * H).double())),
             "all weights must have one dtype, got bias_hh of torch.float64",
+        ),
+        (
+            lambda: siamese_encode(x(), weights(weight_ih=x(4 * H, D, device="meta"))),
+            "all weights must have one device, got weight_ih of meta and weight_hh of cpu",
+        ),
+        (
+            lambda: siamese_encode(x().cfloat(), Weights(*(t.cfloat() for t in weights()))),
+            "siamese_encode: weights must be floating point, got torch.complex64",
         ),
         (
             lambda: siamese_encode(x(), weights(), cell="rnn"),

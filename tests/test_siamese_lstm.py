@@ -1,6 +1,7 @@
 """The operator: every backend against the definition, and what must hold between its results."""
 
 import dataclasses
+from fractions import Fraction
 
 import pytest
 import torch
@@ -242,6 +243,24 @@ def test_dense_rows_with_themselves(backend):
     x = torch.randn(5, 6, 7, device=DEVICE)
     with torch.no_grad():
         assert_same(backend, m(x, x, [6, 1, 0, 3, 5], [6, 1, 0, 3, 5]), torch.ones(5).to(DEVICE))
+
+
+@pytest.mark.parametrize("log", [False, True], ids=["similarity", "log"])
+def test_scales_of_any_kind(backend, log):
+    torch.manual_seed(0)
+    weights = Weights(torch.randn(12, 2, device=DEVICE), torch.randn(12, 3, device=DEVICE))
+    x, y = torch.randn(2, 2, 2, 2, device=DEVICE)
+    options = {"log": log, "backend": backend}
+    expected = siamese_similarity(x, y, weights, scale=0.5, **options)
+    for scale in (Fraction(1, 2), torch.tensor([[0.5]]), torch.tensor([0.5]).double()):
+        if isinstance(scale, torch.Tensor):
+            scale.requires_grad_()
+        actual = siamese_similarity(x, y, weights, scale=scale, **options)
+        torch.testing.assert_close(actual, expected, check_stride=True)
+        if isinstance(scale, torch.Tensor):
+            actual.sum().backward()
+            assert scale.grad.shape == scale.shape
+            assert scale.grad < 0
 
 
 def test_swapping_the_sides(backend):

@@ -175,7 +175,7 @@ def test_operator_is_registered_as_pytorch_wants(fused_backend):
         ({"queries": torch.zeros(3, 5)}, r"got \[3, 5\] and \[20, 6\]"),
         ({"queries": torch.zeros(3, 6).double()}, "one floating-point dtype, got torch.float64"),
         ({"queries": torch.zeros(3, 6, device="meta")}, "one device, got meta"),
-        ({"scale": 0.0}, "scale must be positive, got 0.0"),
+        ({"scale": 0.0}, "scale must be positive and finite, got 0.0"),
         ({"scale": torch.ones(2)}, r"scale must have one element, got \[2\]"),
         ({"backend": "lstm"}, "backend must be auto, triton or torch, got 'lstm'"),
         ({"backend": "faiss"}, "backend must be one of"),
