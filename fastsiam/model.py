@@ -197,7 +197,7 @@ class TextSiamese:
     @torch.no_grad()
     def score(self, left: Encoded, right: Encoded, batch_size: int = 256) -> Tensor:
         """Score pairs whose words are ids already; otherwise like `similarity`."""
-        scores = torch.empty(len(left.lengths))
+        scores = torch.empty(len(left.lengths), dtype=torch.float32, device="cpu")
         for rows in _by_length(torch.maximum(left.lengths, right.lengths), batch_size):
             (left_ids, left_lengths), (right_ids, right_lengths) = (
                 cut(side, rows, self.device) for side in (left, right)
@@ -216,8 +216,10 @@ class TextSiamese:
     @torch.no_grad()
     def vectors(self, encoded: Encoded, batch_size: int = 256) -> Tensor:
         """Return the vectors of sentences whose words are ids already; otherwise like `encode`."""
-        vectors = torch.empty(len(encoded.lengths), self.vector_size).to(
-            self.lstm.weight_hh_l0.dtype
+        vectors = torch.empty(
+            (len(encoded.lengths), self.vector_size),
+            dtype=self.lstm.weight_hh_l0.dtype,
+            device="cpu",
         )
         for rows in _by_length(encoded.lengths, batch_size):
             parts = [member.encode(*cut(encoded, rows, self.device)) for member in self.members]
@@ -226,7 +228,7 @@ class TextSiamese:
                     part * (_scale(member) / len(parts))
                     for part, member in zip(parts, self.members, strict=True)
                 ]
-            vectors[rows] = torch.cat(parts, dim=1).cpu()
+            vectors[rows] = torch.cat(parts, dim=1).to(vectors)
         return vectors
 
     @torch.no_grad()

@@ -33,6 +33,13 @@ def make_model(**options):
     return TextSiamese(Vocabulary(["<unk>", *WORDS]), table, H, **options)
 
 
+@pytest.fixture
+def float64_by_default():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 def by_hand(model, sentence):
     """The last state of an nn.LSTM that reads the words one sentence at a time."""
     rows = [1 + WORDS.index(w) if w in WORDS else 0 for w in sentence.split()][: model.max_len]
@@ -84,6 +91,22 @@ def test_encode_in_the_order_given(model):
     torch.testing.assert_close(vectors, expected, rtol=1e-5, atol=1e-7)
     score = torch.exp(-0.25 * (vectors - model.encode(RIGHT)).abs().sum(1))
     torch.testing.assert_close(score, model.similarity(LEFT, RIGHT), rtol=1e-6, atol=0)
+
+
+@pytest.mark.usefixtures("float64_by_default")
+def test_results_do_not_follow_the_default_dtype():
+    model = make_model()
+    assert model.similarity(LEFT, RIGHT).dtype == torch.float32
+    assert model.encode(LEFT).dtype == torch.float32
+    assert model.search(LEFT[0], RIGHT, 2)[0].dtype == torch.float32
+
+
+def test_vectors_under_autocast(model):
+    expected = model.encode(LEFT)
+    with torch.autocast("cpu", torch.bfloat16):
+        vectors = model.encode(LEFT)
+    assert not torch.equal(vectors, expected)
+    torch.testing.assert_close(vectors, expected, rtol=0, atol=0.02)
 
 
 def test_max_len_keeps_the_first_words():
