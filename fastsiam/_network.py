@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from fastsiam import _layer, _ops, _steps, reference
@@ -261,9 +262,13 @@ def _fused_layer(
     source = x.reshape(-1, x.shape[-1]) if embedding is None else embedding
     ids = None if embedding is None else x.contiguous()
     outputs: tuple[Tensor, Tensor, Tensor, Tensor]
-    wants_grad = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad
-        for t in (source, learned_scale, *itertools.chain.from_iterable(directions))
+    # no tensor says that it is being differentiated in forward mode, which `siamese_fwd` refuses
+    wants_grad = forward_ad._current_level >= 0 or (
+        torch.is_grad_enabled()
+        and any(
+            t is not None and t.requires_grad
+            for t in (source, learned_scale, *itertools.chain.from_iterable(directions))
+        )
     )
     prepared = None if embedding is None or wants_grad else network.prepared
     if prepared is not None:
@@ -355,7 +360,9 @@ def _plain_layer(
         outputs = torch.where(valid.unsqueeze(2), torch.cat(states, dim=2), 0)[:, :T]
     if not paired:
         return h.new_empty(0), h.new_empty(0), h, outputs
-    left, right = h.to(compute_dtype(h.dtype)).chunk(2)
+    # not chunk(2): of a free batch size, torch.export cannot tell how many parts that makes
+    sides = h.view(2, h.shape[0] // 2, h.shape[1])
+    left, right = sides.to(compute_dtype(h.dtype))
     distance = reference.manhattan_distance(left, right)
     return torch.exp(-scale * distance), distance, h, outputs
 

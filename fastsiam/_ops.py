@@ -180,6 +180,13 @@ def _(
     )
 
 
+def _refuse_transform() -> None:
+    raise RuntimeError(
+        "siamese_fwd: gradients must be asked of backward or torch.autograd.grad, "
+        "got torch.func or forward mode; pass backend='reference'"
+    )
+
+
 class _Siamese(torch.autograd.Function):
     """The gradient of `siamese_fwd`.
 
@@ -224,6 +231,10 @@ class _Siamese(torch.autograd.Function):
             *(None,) * 9,
         )
 
+    @staticmethod
+    def jvp(*_: Any) -> Any:
+        _refuse_transform()
+
 
 class _SiameseGradient(torch.autograd.Function):
     """Says of the gradient of `siamese_bwd` that there is none."""
@@ -248,8 +259,19 @@ def _below_autograd(operator: Any, keys: Any, inputs: tuple[Any, ...]) -> tuple[
     return output
 
 
-_LIBRARY.impl("siamese_fwd", _Siamese.apply, "Autograd", with_keyset=True)
-_LIBRARY.impl("siamese_bwd", _SiameseGradient.apply, "Autograd", with_keyset=True)
+def _register_gradient(name: str, function: type[torch.autograd.Function]) -> None:
+    """Let a function run in an operator's place where autograd looks on."""
+
+    def apply(keys: Any, *inputs: Any) -> Any:
+        if torch._C._are_functorch_transforms_active():
+            _refuse_transform()
+        return function.apply(keys, *inputs)
+
+    _LIBRARY.impl(name, apply, "Autograd", with_keyset=True)
+
+
+_register_gradient("siamese_fwd", _Siamese)
+_register_gradient("siamese_bwd", _SiameseGradient)
 
 
 manhattan_topk = _operator("manhattan_topk", _topk.manhattan_topk)

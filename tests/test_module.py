@@ -311,9 +311,11 @@ def test_train_and_eval_are_one():
 def test_export_through_the_reference():
     m = make_embedded(backend="reference").eval()
     (left, right), lengths = draw_ids()
-    exported = torch.export.export(m, (left, right, lengths, lengths))
-    expected = m(left, right, lengths, lengths)
-    torch.testing.assert_close(exported.module()(left, right, lengths, lengths), expected)
+    batch = ({0: torch.export.Dim("B")},) * 4
+    exported = torch.export.export(m, (left, right, lengths, lengths), dynamic_shapes=batch)
+    for rows in (4, 1):
+        inputs = left[:rows], right[:rows], lengths[:rows], lengths[:rows]
+        torch.testing.assert_close(exported.module()(*inputs), m(*inputs))
     operators = {str(node.target) for node in exported.graph.nodes if node.op == "call_function"}
     assert all(name.startswith("aten.") or "fastsiam" not in name for name in operators)
 

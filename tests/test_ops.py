@@ -175,3 +175,29 @@ def test_the_gradient_cannot_be_differentiated_again(fused_backend):
         else:
             with pytest.raises(RuntimeError, match="siamese_bwd"):
                 gradient.sum().backward()
+
+
+def in_forward_mode(m, x, y):
+    with torch.autograd.forward_ad.dual_level():
+        m(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)), y)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+@pytest.mark.parametrize(
+    "derive",
+    [
+        lambda m, x, y: torch.func.grad(lambda x: m(x, y).sum())(x),
+        lambda m, x, y: torch.func.jvp(lambda x: m(x, y), (x,), (x,)),
+        torch.no_grad()(lambda m, x, y: torch.func.jvp(lambda x: m(x, y), (x,), (x,))),
+        in_forward_mode,
+    ],
+    ids=["func.grad", "func.jvp", "func.jvp without gradients", "forward mode"],
+)
+def test_other_ways_to_a_derivative_are_refused(fused_backend, derive):
+    """The reference has them."""
+    x, y = (torch.randn(B, T, D, device=DEVICE) for _ in range(2))
+    for trained in (True, False):
+        derive(make_module("reference").requires_grad_(trained), x, y)
+        m = make_module(fused_backend).requires_grad_(trained)
+        with pytest.raises(RuntimeError, match=r"^siamese_fwd: .*; pass backend='reference'"):
+            derive(m, x, y)
