@@ -33,6 +33,7 @@ class _Siamese(nn.Module):
     weight_hh_l0: nn.Parameter
     bias_ih_l0: nn.Parameter | None
     bias_hh_l0: nn.Parameter | None
+    log_scale: nn.Parameter | None
 
     def __init__(
         self,
@@ -332,7 +333,8 @@ class _Siamese(nn.Module):
                 # a step follows, and that of a fused optimizer raises no version counter
                 self.forget_projection()
             return None
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            # tensors without an address
             return None
         return self._cache.get(first_layer, table, self.backend, self.cell)
 
@@ -424,7 +426,7 @@ class SiameseLSTM(_Siamese):
     cell = "lstm"
 
     @classmethod
-    def from_lstm(cls, lstm: nn.LSTM, **options: Any) -> SiameseLSTM:
+    def from_lstm(cls, lstm: nn.LSTM, **options: Any) -> Self:
         """Make a module with a copy of an nn.LSTM's weights; options as for the constructor.
 
         Raises:
@@ -452,7 +454,7 @@ class SiameseGRU(_Siamese):
     cell = "gru"
 
     @classmethod
-    def from_gru(cls, gru: nn.GRU, **options: Any) -> SiameseGRU:
+    def from_gru(cls, gru: nn.GRU, **options: Any) -> Self:
         """Make a module with a copy of an nn.GRU's weights; options as for the constructor."""
         return cls._from_torch(gru, "SiameseGRU.from_gru", options)
 

@@ -320,6 +320,21 @@ def test_export_through_the_reference():
     assert all(name.startswith("aten.") or "fastsiam" not in name for name in operators)
 
 
+@pytest.mark.parametrize("grad", [True, False])
+def test_vmap_over_an_ensemble(grad):
+    members = [make_embedded(backend="reference").requires_grad_(False) for _ in range(3)]
+    (left, right), lengths = draw_ids()
+    state = torch.func.stack_module_state(members)
+
+    def member(state):
+        return torch.func.functional_call(members[0], state, (left, right, lengths, lengths))
+
+    with torch.set_grad_enabled(grad):
+        together = torch.vmap(member)(state)
+        each = [m(left, right, lengths, lengths) for m in members]
+    torch.testing.assert_close(together, torch.stack(each))
+
+
 def test_data_parallel_steps(tmp_path):
     """A process group of one."""
     group = f"file://{tmp_path / 'store'}"
