@@ -213,7 +213,8 @@ class _Siamese(torch.autograd.Function):
         if all(g is None for g in reached):
             return (None,) * len(need)
         need = need[1:]
-        tensors = ctx.saved_tensors
+        # a hook on saved tensors may have laid them out anew
+        tensors: list[Any] = [None if t is None else t.contiguous() for t in ctx.saved_tensors]
         dx, dweight_ih, dweight_hh, dbias, dscale = siamese_bwd(
             *reached, *tensors, ctx.scale, ctx.steps, ctx.pooling, need[0], *ctx.how
         )

@@ -163,6 +163,22 @@ def test_gradients_only_where_they_are_wanted(fused_backend):
     assert m.weight_hh_l0.grad.any()
 
 
+def test_saved_tensors_may_come_back_in_another_layout(fused_backend):
+    """As from a hook that stores them elsewhere."""
+    torch.manual_seed(0)
+    m = make_module(fused_backend, embedding=torch.randn(V, D), freeze_embedding=False)
+    left, right = torch.randint(V, (2, B, T), device=DEVICE)
+    expected = train_once(m, m, left, right)
+
+    def turn(t):
+        return t.mT.contiguous().mT if t.ndim > 1 else t
+
+    with torch.autograd.graph.saved_tensors_hooks(turn, lambda t: t):
+        actual = train_once(m, m, left, right)
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_the_gradient_cannot_be_differentiated_again(fused_backend):
     """The operators have one derivative; the reference has them all."""
     for backend, works in ((fused_backend, False), ("reference", True)):
