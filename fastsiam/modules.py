@@ -105,7 +105,7 @@ class _Siamese(nn.Module):
             self.log_scale = nn.Parameter(torch.tensor(math.log(scale), **options))
         else:
             self.register_parameter("log_scale", None)
-        self.embedding = _own_embedding(who, embedding, freeze_embedding, input_size, options)
+        self.embedding = _own_embedding(who, embedding, freeze_embedding, self.weight_ih_l0)
         self._cache = _PreparedCache()
 
     def reset_parameters(self) -> None:
@@ -396,8 +396,8 @@ class SiameseLSTM(_Siamese):
         bidirectional: whether each layer also runs from the last valid step to the first; a vector
             then has 2H values.
         embedding: [V, D] tensor, which is copied, or nn.Embedding, which is used as it is: frozen
-            or not, and moved to `device` and `dtype`, in place. Inputs are then integer ids. Its
-            options must be nn.Embedding's defaults; those that act on gradients alone
+            or not, and moved to the weights' device and dtype, in place. Inputs are then integer
+            ids. Its options must be nn.Embedding's defaults; those that act on gradients alone
             (padding_idx, scale_grad_by_freq, sparse) are allowed where it is frozen.
         freeze_embedding: whether the embedding does not train.
         pooling: "last", the state after the last step each direction reads; "mean" or "max" of each
@@ -526,15 +526,12 @@ def _same_bytes(one: Tensor, other: Tensor) -> bool:
 
 
 def _own_embedding(
-    who: str,
-    embedding: Tensor | nn.Embedding | None,
-    freeze: bool,
-    D: int,
-    options: dict[str, Any],
+    who: str, embedding: Tensor | nn.Embedding | None, freeze: bool, like: Tensor
 ) -> nn.Embedding | None:
-    """Return the caller's vectors as an nn.Embedding of the module's device and dtype."""
+    """Return the caller's vectors as an nn.Embedding of weight_ih's device, dtype and columns."""
     if embedding is None:
         return None
+    D = like.shape[1]
     table = embedding.weight if isinstance(embedding, nn.Embedding) else embedding
     check_tensor(who, "embedding", table)
     if table.ndim != 2 or table.shape[1] != D or not table.is_floating_point():
@@ -548,10 +545,8 @@ def _own_embedding(
                 f"{who}: embedding must be without {ignored}, which would not be honoured; "
                 "pass its weight alone"
             )
-        return embedding.requires_grad_(not freeze).to(**options)
-    weight = table.detach().clone().to(**{k: v for k, v in options.items() if v is not None})
-    if options["dtype"] is None:
-        weight = weight.to(torch.get_default_dtype())
+        return embedding.requires_grad_(not freeze).to(like.device, like.dtype)
+    weight = table.detach().to(like, copy=True)
     made: nn.Embedding = nn.Embedding.from_pretrained(weight, freeze=freeze)
     return made
 

@@ -166,7 +166,9 @@ def test_embedding_given_as_tensor_or_module():
     assert m.embedding is own
     score(m).sum().backward()
     assert own.weight.grad.any()
-    assert make(embedding=table.double()).embedding.weight.dtype == torch.float32
+    for other in (table.double(), nn.Embedding(V, D, dtype=torch.float64)):
+        assert make(embedding=other).embedding.weight.dtype == torch.float32
+        assert SiameseLSTM(D, H, embedding=other, device="meta").embedding.weight.is_meta
     assert make(embedding=table, dtype=torch.bfloat16).embedding.weight.dtype == torch.bfloat16
 
 
