@@ -51,7 +51,7 @@ def check_network(
                 f"{who}: weights must be Weights or a list of them, got {type(direction).__name__}"
             )
         for name, weight in zip(Weights._fields, direction, strict=True):
-            if weight is not None or name.startswith("weight"):
+            if not (isinstance(weight, Tensor) or (weight is None and name.startswith("bias"))):
                 check_tensor(who, name, weight)
     layers = [weights[first : first + P] for first in range(0, len(weights), P)]
     like = weights[0].weight_hh
@@ -78,12 +78,12 @@ def _check_weights(
                 f"{who}: {name} must be {list(shape)} for H = {H} (the columns of weight_hh), "
                 f"got {list(weight.shape)}"
             )
-        for what in ("dtype", "device"):
-            if getattr(weight, what) != getattr(like, what):
-                raise ValueError(
-                    f"{who}: all weights must have one {what}, got {name} of "
-                    f"{getattr(weight, what)} and weight_hh of {getattr(like, what)}"
-                )
+        if weight.dtype != like.dtype or weight.device != like.device:
+            what = "device" if weight.dtype == like.dtype else "dtype"
+            raise ValueError(
+                f"{who}: all weights must have one {what}, got {name} of "
+                f"{getattr(weight, what)} and weight_hh of {getattr(like, what)}"
+            )
     if (weights.bias_ih is None) != (weights.bias_hh is None):
         raise ValueError(f"{who}: bias_ih and bias_hh must be given together or not at all")
     if (weights.bias_ih is not None) != has_bias:
@@ -107,12 +107,12 @@ def check_table(who: str, embedding: Tensor, weight: Tensor) -> None:
         raise ValueError(
             f"{who}: embedding must be [V, D] with D = {D}, got {list(embedding.shape)}"
         )
-    for what in ("dtype", "device"):
-        if getattr(embedding, what) != getattr(weight, what):
-            raise ValueError(
-                f"{who}: embedding must have the weights' {what} {getattr(weight, what)}, "
-                f"got {getattr(embedding, what)}"
-            )
+    if embedding.dtype != weight.dtype or embedding.device != weight.device:
+        what = "device" if embedding.dtype == weight.dtype else "dtype"
+        raise ValueError(
+            f"{who}: embedding must have the weights' {what} {getattr(weight, what)}, "
+            f"got {getattr(embedding, what)}"
+        )
 
 
 def check_side(
