@@ -173,7 +173,8 @@ class GraphedStep:
                 )
         if target.shape != (B,):
             raise ValueError(f"GraphedStep: target must be [{B}], got {list(target.shape)}")
-        if not self._sides:
+        if self._shares is None:
+            # no step has come as far as its loss yet
             left, right = (
                 torch.zeros((self.B, self.T, *s.shape[2:]), dtype=s.dtype, device=self.device)
                 for s in sides

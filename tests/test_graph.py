@@ -132,6 +132,13 @@ def test_parameters_that_join_later_are_clipped_too():
     assert_same(module, other, rtol=1e-9, atol=1e-12)
 
 
+def test_a_first_batch_that_is_refused_leaves_nothing_behind():
+    step, batch = made(), make_batch(B, T, 0)
+    with pytest.raises(ValueError, match=r"^siamese_similarity: left must be integer ids"):
+        step(torch.zeros(B, T, D), torch.zeros(B, T, D), None, None, batch[4].float())
+    step(*batch)
+
+
 def made(**changes):
     module = make_module()
     options = {"B": B, "T": T} | changes
