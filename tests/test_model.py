@@ -101,6 +101,13 @@ def test_results_do_not_follow_the_default_dtype():
     assert model.search(LEFT[0], RIGHT, 2)[0].dtype == torch.float32
 
 
+def test_results_do_not_follow_the_default_device(model):
+    expected = model.similarity(LEFT, RIGHT), model.encode(LEFT)
+    with torch.device("meta"):
+        assert torch.equal(model.similarity(LEFT, RIGHT), expected[0])
+        assert torch.equal(model.encode(LEFT), expected[1])
+
+
 def test_vectors_under_autocast(model):
     expected = model.encode(LEFT)
     with torch.autocast("cpu", torch.bfloat16):

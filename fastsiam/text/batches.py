@@ -60,7 +60,7 @@ def ordered_batches(count: int, batch_size: int) -> list[Tensor]:
         ValueError: `batch_size` is below 1.
     """
     _check_batch_size("ordered_batches", batch_size)
-    return _cut(torch.arange(count), batch_size)
+    return _cut(torch.arange(count, device="cpu"), batch_size)
 
 
 def _cut(indices: Tensor, size: int) -> list[Tensor]:

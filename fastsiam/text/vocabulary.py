@@ -109,11 +109,12 @@ class Vocabulary:
         truncated = int((lengths > max_len).sum())
         if truncated:
             starts = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
-            flat = flat[torch.arange(len(flat)) - starts < max_len]
+            flat = flat[torch.arange(len(flat), device=flat.device) - starts < max_len]
             lengths.clamp_(max=max_len)
         unknown = part_ids.count_unknown(flat)
-        ids = torch.zeros(len(lengths), max(lengths.tolist(), default=0), dtype=torch.int64)
-        ids[torch.arange(ids.shape[1]) < lengths[:, None]] = flat.clamp_(min=0)
+        ids = flat.new_zeros(len(lengths), max(lengths.tolist(), default=0))
+        valid = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
+        ids[valid] = flat.clamp_(min=0)
         return Encoded(ids, lengths, truncated, unknown)
 
     def to_dict(self) -> dict[str, Any]:
