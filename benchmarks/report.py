@@ -27,13 +27,13 @@ OURS = "fastsiam"
 # the special functions, special functions a cell, and those of a multiprocessor a clock
 EXCHANGE_CLOCKS = 140
 SPECIAL_A_CELL, SPECIAL_A_CLOCK = 5, 16
-SEQUENCES = 8  # of a program
+SEQUENCES = 4  # of a program, at least
 FLOOR = (
     "The floor of scoring is an estimate: the longest sentence's steps times "
     f"({EXCHANGE_CLOCKS} + {SPECIAL_A_CELL} x {SEQUENCES} x H / {SPECIAL_A_CLOCK}) clocks (the "
-    "exchange of h with the products behind it, then the special functions of 8 sequences), or all "
-    f"tokens' special functions, {SPECIAL_A_CELL} x H / {SPECIAL_A_CLOCK} clocks each, over all "
-    "multiprocessors, whichever is longer, at the highest clock."
+    f"exchange of h with the products behind it, then the special functions of {SEQUENCES} "
+    f"sequences), or all tokens' special functions, {SPECIAL_A_CELL} x H / {SPECIAL_A_CLOCK} "
+    "clocks each, over all multiprocessors, whichever is longer, at the highest clock."
 )
 
 

@@ -8,26 +8,35 @@ import triton.language as tl
 from torch import Tensor
 
 from fastsiam.kernels import _packing, _tiling
-from fastsiam.kernels._math import _load_cells, _load_cells_where, _turn, _unpack, in_triton
+from fastsiam.kernels._math import (
+    _fill_columns,
+    _load_cells,
+    _load_cells_where,
+    _take_columns,
+    _turn,
+    _unpack,
+    in_triton,
+)
 
 
 @triton.jit
-def _as_accumulator(x, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr):
-    # cells [blocks, half, columns, side, warps, 8, 4] -> [BLOCK_H, BLOCK_N]
-    return tl.reshape(tl.permute(x, (0, 4, 1, 5, 2, 6, 3)), (BLOCK_H, BLOCK_N))
+def _as_accumulator(x, BLOCK_H: tl.constexpr):
+    # cells [blocks, half, columns, each, warps, 8, 4] -> [BLOCK_H, 8 * columns]
+    x = tl.permute(_fill_columns(x, 3), (0, 4, 1, 5, 2, 6, 3))
+    return tl.reshape(x, (BLOCK_H, 8 * x.shape[4]))
 
 
 @triton.jit
-def _as_cells(a, BLOCKS: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr):
+def _as_cells(a, BLOCKS: tl.constexpr, EACH: tl.constexpr, WARPS: tl.constexpr):
     # the way back
-    x = tl.reshape(a, (BLOCKS, WARPS, 2, 8, COLUMNS, 4, 2))
-    return tl.permute(x, (0, 2, 4, 6, 1, 3, 5))
+    x = tl.reshape(a, (BLOCKS, WARPS, 2, 8, a.shape[1] // 8, 4, 2))
+    return _take_columns(tl.permute(x, (0, 2, 4, 6, 1, 3, 5)), 3, EACH)
 
 
 @triton.jit
 def _at_units(x):
-    # [columns, side, 4] -> the same for every unit
-    return tl.reshape(x, (1, 1, x.shape[0], 2, 1, 1, 4))
+    # [columns, each, 4] -> the same for every unit
+    return tl.reshape(x, (1, 1, x.shape[0], x.shape[1], 1, 1, 4))
 
 
 @triton.jit
@@ -64,10 +73,10 @@ def _opaque(x, ASSEMBLY: tl.constexpr):
 
 
 @triton.jit
-def _as_operand(x, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, ASSEMBLY: tl.constexpr):
-    # cells with two gates [blocks, half, columns, side, warps, 8, 4, 2] -> [2 * BLOCK_H, BLOCK_N]
-    x = tl.permute(_opaque(x, ASSEMBLY), (7, 0, 4, 1, 5, 2, 6, 3))
-    return tl.reshape(x, (2 * BLOCK_H, BLOCK_N))
+def _as_operand(x, BLOCK_H: tl.constexpr, ASSEMBLY: tl.constexpr):
+    # cells with two gates [blocks, half, columns, each, warps, 8, 4, 2] -> twice as many rows
+    x = tl.permute(_fill_columns(_opaque(x, ASSEMBLY), 3), (7, 0, 4, 1, 5, 2, 6, 3))
+    return tl.reshape(x, (2 * BLOCK_H, 8 * x.shape[5]))
 
 
 @triton.jit
@@ -205,8 +214,8 @@ def launch(
         return dgates
     target = _tiling.target_of(vectors.device)
     how = _tiling.arithmetic(vectors.dtype, allow_tf32, target)
-    each = _tiling.programs_each(lengths, P, target)
-    tile = _tiling.backward_tile(H, vectors.dtype, how, target, each)
+    load = _tiling.load_of(lengths, P, target)
+    tile = _tiling.backward_tile(H, vectors.dtype, how, target, load)
     paired = dsim is not None or dpair is not None
     B = N // 2 if paired else N
     order = _tiling.pair_order(lengths, B, target, P)
@@ -249,5 +258,6 @@ def launch(
         WIDEN=how.WIDEN,
         ASSEMBLY=how.ASSEMBLY,
         num_warps=tile.num_warps,
+        **_tiling.all_registers(target),
     )
     return dgates

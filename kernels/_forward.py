@@ -9,7 +9,14 @@ import triton.language as tl
 from torch import Tensor
 
 from fastsiam.kernels import _tiling
-from fastsiam.kernels._math import _load_cells, _store_cells, _unpack, in_triton
+from fastsiam.kernels._math import (
+    _fill_columns,
+    _load_cells,
+    _store_cells,
+    _take_columns,
+    _unpack,
+    in_triton,
+)
 
 
 @triton.jit
@@ -23,25 +30,34 @@ def _gate_pairs(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _as_accumulator(x, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr):
-    # [blocks, columns, side, warps, 8, 4, 2, 2] -> [4 * BLOCK_H, BLOCK_N]
-    return tl.reshape(tl.permute(x, (6, 0, 3, 7, 4, 1, 5, 2)), (4 * BLOCK_H, BLOCK_N))
+def _as_accumulator(x, BLOCK_H: tl.constexpr):
+    # [blocks, columns, each, warps, 8, 4, 2, 2] -> [4 * BLOCK_H, 8 * columns]
+    x = tl.permute(_fill_columns(x, 2), (6, 0, 3, 7, 4, 1, 5, 2))
+    return tl.reshape(x, (4 * BLOCK_H, 8 * x.shape[5]))
 
 
 @triton.jit
-def _as_gates(a, BLOCKS: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr):
+def _as_gates(a, BLOCKS: tl.constexpr, EACH: tl.constexpr, WARPS: tl.constexpr):
     # the way back, gates apart: cells of i, f, g, o
-    x = tl.reshape(a, (2, BLOCKS, WARPS, 2, 8, COLUMNS, 4, 2))
-    i_f, g_o = tl.split(tl.permute(x, (1, 5, 7, 2, 4, 6, 3, 0)))
+    x = tl.reshape(a, (2, BLOCKS, WARPS, 2, 8, a.shape[1] // 8, 4, 2))
+    x = _take_columns(tl.permute(x, (1, 5, 7, 2, 4, 6, 3, 0)), 2, EACH)
+    i_f, g_o = tl.split(x)
     i, f = tl.split(i_f)
     g, o = tl.split(g_o)
     return i, f, g, o
 
 
 @triton.jit
+def _as_operand(h, BLOCK_H: tl.constexpr):
+    # cells [blocks, columns, each, warps, 8, 4] -> [BLOCK_H, 8 * columns]
+    x = tl.permute(_fill_columns(h, 2), (0, 3, 4, 1, 5, 2))
+    return tl.reshape(x, (BLOCK_H, 8 * x.shape[3]))
+
+
+@triton.jit
 def _at_units(x):
-    # [columns, side, 4] -> the same for every unit
-    return tl.reshape(x, (1, x.shape[0], 2, 1, 1, 4))
+    # [columns, each, 4] -> the same for every unit
+    return tl.reshape(x, (1, x.shape[0], x.shape[1], 1, 1, 4))
 
 
 @triton.jit
@@ -88,6 +104,12 @@ def _store_state(h, row, inside, states_ptrs, BLOCK_H: tl.constexpr):
 
 
 @triton.jit
+def _by_side(x):
+    # [..., each, 4] -> [..., side, pairs]
+    return tl.reshape(x, x.shape[:-2] + (2, 2 * x.shape[-2]))
+
+
+@triton.jit
 def _finish(
     v,
     peak,
@@ -121,12 +143,13 @@ def _finish(
     if POOLING == "max" and STORE_PEAKS:
         tl.store(peaks_ptr + offs, peak, mask=inside)
     if PAIRED:
-        left, right = tl.split(tl.permute(v, (0, 1, 3, 4, 5, 2)))
+        v = _by_side(tl.permute(v, (0, 1, 3, 4, 2, 5)))
+        left, right = tl.split(tl.permute(v, (0, 1, 2, 3, 5, 4)))
         # blocks before warps: tiles of 4 warps and of 8 then add in one order
         distance = tl.sum(tl.sum(tl.sum(tl.abs(left - right), 3), 0), 1)
         # the left one of a pair's sequences has the pair's number
-        pair = tl.min(tl.minimum(seq, other), 1)
-        live = tl.max(live.to(tl.int32), 1) > 0
+        pair = tl.min(_by_side(tl.minimum(seq, other)), 1)
+        live = tl.max(_by_side(live.to(tl.int32)), 1) > 0
         tl.store(distance_ptr + direction * B + pair, distance, mask=live)
         if DIRECTIONS == 1:
             if HAS_LEARNED_SCALE:
@@ -175,7 +198,7 @@ def launch(
     store_records: bool,
     store_outputs: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Run all sequences through a cell's kernel; see `fastsiam._ops.siamese_infer` for the tensors.
+    """Run all sequences through a cell's kernel; see `fastsiam._layer.forward` for the tensors.
 
     Args:
         kernel: of the cell. It has a pointer to each record that the cell keeps.
@@ -191,7 +214,7 @@ def launch(
     nothing = N == 0 or steps == 0
     new = torch.zeros if nothing else torch.empty
     vectors = new((N, P * H), device=table.device, dtype=dtype)
-    distance = new((P, B if paired else 0), device=vectors.device)
+    distance = new((P, B if paired else 0), device=vectors.device, dtype=torch.float32)
     similarity = torch.exp(distance[0]) if nothing else torch.empty_like(distance[0])
     shapes = record_shapes(N, steps, H, P) if store_records else ((0,),) * 3
     kept = new_results(vectors, shapes, steps, pooling, store_records, store_outputs)
@@ -200,10 +223,12 @@ def launch(
         return similarity, distance[0], vectors, outputs, gates, cells, states, peaks
     target = _tiling.target_of(vectors.device)
     how = _tiling.arithmetic(dtype, allow_tf32, target)
-    each = _tiling.programs_each(lengths, P, target)
-    tile = _tiling.forward_tile(H, dtype, how, target, each)
+    load = _tiling.load_of(lengths, P, target)
+    tile = _tiling.forward_tile(H, dtype, how, target, load)
     order = _tiling.pair_order(lengths, B, target, P)
     records = {"gates_ptr": gates, "cells_ptr": cells, "states_ptr": states}
+    # with ids, or beside the records' stores, nothing is gained
+    options = _tiling.all_registers(target) if ids is None and not store_records else {}
     kernel[(_tiling.cdiv(N, tile.sequences), P)](
         table_ptr=table,
         weight_ptr=weight,
@@ -240,6 +265,7 @@ def launch(
         STORE_OUTPUTS=store_outputs,
         num_warps=tile.num_warps,
         **how._asdict(),
+        **options,
     )
     if P == 1:
         return similarity, distance[0], vectors, outputs, gates, cells, states, peaks

@@ -12,6 +12,9 @@ import triton.language as tl
 # the last: there the axes are turned round for each load and store
 TURNED = tl.constexpr(tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 7))
 
+# the interpreter reduces an axis by numpy only where it knows the function, else in Python
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
 # of the low part of a value in two of float16: without it the low one's exponent may be too small
 LOW_SCALE = tl.constexpr(2048.0)
 
@@ -61,20 +64,21 @@ def _sequences(
     tile,
     B,
     T,
-    COLUMNS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     PAIRED: tl.constexpr,
     HAS_ORDER: tl.constexpr,
 ):
-    # the sequences of a tile's columns, [columns, side, 4], and of the other side of each; whether
-    # they are there; their lengths; the longest. The sides of a pair are neighbours
+    # the sequences of a tile, [columns, each, 4], and the other side of each; whether they are
+    # there; their lengths; the longest. A pair's sides are one thread's, or of EACH 1 two lanes'
+    COLUMNS: tl.constexpr = (BLOCK_N + 7) // 8
+    EACH: tl.constexpr = BLOCK_N // (4 * COLUMNS)
     column = tl.arange(0, COLUMNS)[:, None, None]
-    side = tl.arange(0, 2)[None, :, None]
-    lane = tl.arange(0, 4)[None, None, :]
-    first = tile * (4 * COLUMNS)
+    within = 4 * tl.arange(0, EACH)[None, :, None] + tl.arange(0, 4)[None, None, :]
     if PAIRED:
-        slot = first + 4 * column + lane + 0 * side
+        side = within // (2 * EACH)
+        slot = tile * (BLOCK_N // 2) + 2 * EACH * column + within % (2 * EACH)
     else:
-        slot = 2 * (first + 4 * column + lane) + side
+        slot = tile * BLOCK_N + 4 * EACH * column + within
     live = slot < B
     slot = tl.minimum(slot, B - 1)
     if HAS_ORDER:
@@ -88,6 +92,29 @@ def _sequences(
     length = tl.load(lengths_ptr + seq).to(tl.int32)
     length = tl.where(live, tl.minimum(tl.maximum(length, 0), T), 0)
     return seq, other, live, length, tl.max(tl.max(tl.max(length, 2), 1), 0)
+
+
+@triton.jit
+def _fill_columns(x, AXIS: tl.constexpr):
+    # a thread has two columns of a product: one sequence fills both
+    return tl.broadcast_to(x, x.shape[:AXIS] + (2,) + x.shape[AXIS + 1 :])
+
+
+@triton.jit
+def _take_columns(x, AXIS: tl.constexpr, EACH: tl.constexpr):
+    # the way back
+    if EACH == 2:
+        return x
+    elif INTERPRETED:
+        return 0.5 * tl.sum(x, AXIS, keep_dims=True)
+    else:
+        # costs nothing. A split would leave the compiler a choice of layouts, and it takes them all
+        return tl.reduce(x, AXIS, _first, keep_dims=True)
+
+
+@triton.jit
+def _first(x, y):
+    return x
 
 
 @triton.jit

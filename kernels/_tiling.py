@@ -70,7 +70,7 @@ class Tile(NamedTuple):
 
 
 @functools.cache
-def forward_tile(H: int, dtype: torch.dtype, how: Arithmetic, target: str, each: int = 1) -> Tile:
+def forward_tile(H: int, dtype: torch.dtype, how: Arithmetic, target: str, load: int = 1) -> Tile:
     """Return the tile of the forward kernels.
 
     Args:
@@ -78,13 +78,19 @@ def forward_tile(H: int, dtype: torch.dtype, how: Arithmetic, target: str, each:
         dtype: float32, float16 or bfloat16.
         how: what `arithmetic` gives.
         target: "sm_90" and so on.
-        each: programs of 8 sequences that a multiprocessor gets; see `programs_each`.
+        load: sequences that a multiprocessor gets, see `load_of`; on it hang those of a program,
+            and the warps.
     """
     block, (operand, parts) = block_h(H), _operand(dtype, how)
     passing = 4 * block * block * operand.itemsize
     stream = _streams(block, operand, parts, target, passing, exchange=block)
-    warps = _forward_warps(block, parts, target, each)
-    return Tile(block, _sequences(target), warps, stream, operand, parts)
+    # two programs of 4 sequences are quicker than one of 8 where both fit (348 estimated clocks of
+    # a step on sm_90 in half precision at block 64, 421; training 419, 464). Three products a step
+    # at block 128 leave no register for 4
+    few = 8 if block <= 64 and parts == 1 else 4 if block <= 64 or parts == 1 else 0
+    sequences = _sequences(target, load, few)
+    warps = _forward_warps(block, parts, target, load > sequences)
+    return Tile(block, sequences, warps, stream, operand, parts)
 
 
 def _operand(dtype: torch.dtype, how: Arithmetic) -> tuple[torch.dtype, int]:
@@ -96,20 +102,21 @@ def _operand(dtype: torch.dtype, how: Arithmetic) -> tuple[torch.dtype, int]:
     return dtype, 1
 
 
-def _forward_warps(block: int, parts: int, target: str, each: int) -> int:
+def _forward_warps(block: int, parts: int, target: str, shared: bool) -> int:
     # a warp holds 8 units of a block: at block 32 there are only 4 groups of 8
     if block == 32:
         return 4
     # alone on its multiprocessor a program is quicker with 8 warps (estimated clocks of a step on
-    # sm_90, half precision: 421 against 481; training 464, 541): half the activations each. Two
-    # share it better with 4 (617 against 502; 699, 585), three as well with either (838, 811)
-    if block == 64 and parts == 1 and target.startswith("sm_") and each > 1:
+    # sm_90, half precision, 8 sequences: 421 against 481; training 464, 541): half the activations
+    # each. Two share it better with 4 (617 against 502; 699, 585; of 4 sequences 433, 348; 493,
+    # 419), three as well with either (838, 811)
+    if block == 64 and parts == 1 and target.startswith("sm_") and shared:
         return 4
     return 8
 
 
 @functools.cache
-def backward_tile(H: int, dtype: torch.dtype, how: Arithmetic, target: str, each: int = 1) -> Tile:
+def backward_tile(H: int, dtype: torch.dtype, how: Arithmetic, target: str, load: int = 1) -> Tile:
     """Return the tile of the backward kernels; arguments as for `forward_tile`."""
     block, (operand, parts) = block_h(H), _operand(dtype, how)
     if dtype == torch.float32 and parts == 1 and block <= 64:
@@ -119,20 +126,27 @@ def backward_tile(H: int, dtype: torch.dtype, how: Arithmetic, target: str, each
     # its two halves pass through shared memory one after the other
     passing = 2 * block * block * operand.itemsize
     stream = _streams(block, operand, parts, target, passing, exchange=4 * block)
-    sequences = _backward_sequences(block, dtype, target, each)
+    # with 4 a step of float32 is no shorter (1659 estimated clocks against 1564 at block 64), nor
+    # is that of tf32 at 32 (542, 470)
+    few = 0 if parts == 2 or (block == 32 and operand == torch.float32) else 4
+    sequences = _sequences(target, load, few)
+    # where programs queue for a multiprocessor, 16 sequences in half precision share the matrix
+    # instructions and barriers of a step: 81 estimated clocks a sequence instead of 120 at block
+    # 128, of which one program fits, and 27 instead of 36 at 64, of which two fit and three.
+    # Elsewhere they spill, or the compiler fails (sm_100)
+    queue = load > (8 if block == 128 else 24)
+    if queue and target == "sm_90" and dtype != torch.float32 and block > 32:
+        sequences = 16
     # the accumulator has one row a unit, so a warp holds 16 units: 2, 4 or 8 warps cover the block
     return Tile(block, sequences, block // 16, stream, operand, parts)
 
 
-def _backward_sequences(block: int, dtype: torch.dtype, target: str, each: int) -> int:
-    # where programs queue for a multiprocessor, 16 sequences in half precision share the matrix
-    # instructions and barriers of a step: 81 estimated clocks a sequence instead of 120 at block
-    # 128, of which one program fits, and 32 instead of 37 at 64, of which three do. Elsewhere they
-    # spill, or the compiler fails (sm_100)
-    fit = 1 if block == 128 else 3
-    if target == "sm_90" and dtype != torch.float32 and block > 32 and each > fit:
-        return 16
-    return _sequences(target)
+def all_registers(target: str) -> dict[str, int]:
+    """Return what tells the compiler that a program may have all registers that there are."""
+    # left alone it orders a step for the 64 or 128 with which one more program would fit, and waits
+    # for more: 555 estimated clocks against 515 of the LSTM's backward with 8 sequences at block
+    # 64, 882, 716 with 16; 519, 391 of the GRU's with 4; 342, 325 of inference without ids
+    return {"maxnreg": 255} if target.startswith("sm_") else {}
 
 
 def block_h(H: int) -> int:
@@ -144,8 +158,17 @@ def block_h(H: int) -> int:
     return 32 if H <= 32 else 64 if H <= 64 else 128
 
 
-def _sequences(target: str) -> int:
-    # the columns of the smallest matrix instruction: the fewer, the more programs share the work
+def _sequences(target: str, load: int, few: int) -> int:
+    # 4 have one of a thread's two columns each: half the activations of a step, and twice the
+    # programs. Alone on a multiprocessor such a program's step is shorter (estimated clocks on
+    # sm_90, half precision, block 64: 321 against 421; training 346, 464; backward 459, 515)
+    if not target.startswith("gfx") and load <= few:
+        return 4
+    return _columns(target)
+
+
+def _columns(target: str) -> int:
+    # of the smallest matrix instruction: the fewer, the more programs share the work
     return 16 if target.startswith("gfx") else 8
 
 
@@ -171,20 +194,19 @@ def _streams(
         return 2 * parts * passing > limit
     # the second part stays there
     kept = (parts - 1) * 4 * block * block * operand.itemsize
-    exchanged = _sequences(target) * exchange * parts * operand.itemsize
+    exchanged = _columns(target) * exchange * parts * operand.itemsize
     return max(passing, kept) + exchanged > limit
 
 
-def programs_each(lengths: Tensor, P: int, target: str) -> int:
-    """Return how many programs a multiprocessor gets for the sequences of `lengths`, [N].
+def load_of(lengths: Tensor, P: int, target: str) -> int:
+    """Return how many of the sequences of `lengths` a multiprocessor gets.
 
     Args:
         lengths: [N], on the device that runs them.
-        P: directions, 1 or 2.
+        P: directions, 1 or 2, each of which counts.
         target: as for `forward_tile`.
     """
-    at_once = _sequences(target) * multiprocessors(lengths.device, target)
-    return cdiv(lengths.shape[0] * P, at_once)
+    return cdiv(lengths.shape[0] * P, multiprocessors(lengths.device, target))
 
 
 def pair_order(lengths: Tensor, B: int, target: str, P: int = 1) -> Tensor | None:
@@ -199,8 +221,8 @@ def pair_order(lengths: Tensor, B: int, target: str, P: int = 1) -> Tensor | Non
         target: as for `forward_tile`.
         P: directions, 1 or 2.
     """
-    # three fit a multiprocessor
-    if programs_each(lengths, P, target) <= 3:
+    # three programs fit a multiprocessor
+    if load_of(lengths, P, target) <= 3 * _columns(target):
         return None
     return longest_first(lengths, B)
 

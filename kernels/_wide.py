@@ -6,13 +6,13 @@ import triton.language as tl
 
 @triton.jit
 def _as_columns(x):
-    # [columns, side, 4] -> [1, BLOCK_N], in the order of an accumulator's columns
+    # [columns, each, 4] -> [1, BLOCK_N], in the order of an accumulator's columns
     return tl.reshape(tl.permute(x, (0, 2, 1)), (1, x.shape[0] * 8))
 
 
 @triton.jit
 def _slots(tile, tiles, direction, BLOCK_N: tl.constexpr):
-    # the places of a tile's columns, [columns, side, 4], in what is carried from step to step
+    # the places of a tile's columns, [columns, each, 4], in what is carried from step to step
     column = 8 * tl.arange(0, BLOCK_N // 8)[:, None, None] + 2 * tl.arange(0, 4)[None, None, :]
     return (direction * tiles + tile) * BLOCK_N + column + tl.arange(0, 2)[None, :, None]
 

@@ -87,7 +87,7 @@ def _siamese_bwd_kernel(
     H,
     zero,  # 0
     BLOCK_H: tl.constexpr,  # 32, 64 or 128 >= H
-    BLOCK_N: tl.constexpr,  # sequences of a program, a multiple of 8
+    BLOCK_N: tl.constexpr,  # sequences of a program, 4, or a multiple of 8
     WARPS: tl.constexpr,
     STREAM: tl.constexpr,  # weight read every step
     OPERAND: tl.constexpr,  # dtype of weight_hh and of gate gradients in their product
@@ -104,7 +104,8 @@ def _siamese_bwd_kernel(
     HAS_ORDER: tl.constexpr,
 ):
     BLOCKS: tl.constexpr = BLOCK_H // (16 * WARPS)
-    COLUMNS: tl.constexpr = BLOCK_N // 8
+    COLUMNS: tl.constexpr = (BLOCK_N + 7) // 8
+    EACH: tl.constexpr = BLOCK_N // (4 * COLUMNS)
     DTYPE: tl.constexpr = vectors_ptr.dtype.element_ty
     # elements of a unit in the records: half precision comes in words of two
     GATES: tl.constexpr = 4 if DTYPE == tl.float32 else 2
@@ -114,7 +115,7 @@ def _siamese_bwd_kernel(
     HALF: tl.constexpr = 2 * BLOCK_H * BLOCK_H
 
     seq, other, live, length, steps = _sequences(
-        lengths_ptr, order_ptr, tl.program_id(0), B, T, COLUMNS, PAIRED, HAS_ORDER
+        lengths_ptr, order_ptr, tl.program_id(0), B, T, BLOCK_N, PAIRED, HAS_ORDER
     )
     last = length - 1
     direction, way = _direction(DIRECTIONS)
@@ -169,7 +170,7 @@ def _siamese_bwd_kernel(
         HAS_DVECTORS,
     )
 
-    dc = tl.zeros((BLOCKS, 2, COLUMNS, 2, WARPS, 8, 4), tl.float32)
+    dc = tl.zeros((BLOCKS, 2, COLUMNS, EACH, WARPS, 8, 4), tl.float32)
     upstream = _upstream(
         steps,
         dv,
@@ -185,17 +186,17 @@ def _siamese_bwd_kernel(
         HAS_DOUTPUTS,
     )
     # of scaled gate gradients the product cannot begin with what comes from outside
-    dh = tl.zeros((BLOCK_H, BLOCK_N), tl.float32)
-    dh = dh if SCALED else _as_accumulator(upstream, BLOCK_H, BLOCK_N)
-    unscale = tl.full((1, 1, COLUMNS, 2, 1, 1, 4), 1.0, tl.float32)
-    dh_go = tl.zeros((BLOCK_H, BLOCK_N), tl.float32)
+    dh = tl.zeros((BLOCK_H, 8 * COLUMNS), tl.float32)
+    dh = dh if SCALED else _as_accumulator(upstream, BLOCK_H)
+    unscale = tl.full((1, 1, COLUMNS, EACH, 1, 1, 4), 1.0, tl.float32)
+    dh_go = tl.zeros((BLOCK_H, 8 * COLUMNS), tl.float32)
     if STREAM:
         weight_if, weight_go = weight_ptr, weight_ptr + HALF
         low_if, low_go = weight_ptr + 2 * HALF, weight_ptr + 3 * HALF
     else:
         # products of 0: a use ahead of the loop keeps a weight's change of layout ahead of it
         weight_if = _load_weight(weight_ptr, BLOCK_H, 2 * BLOCK_H, OPERAND, WIDEN, zero, True)
-        nothing = tl.zeros((2 * BLOCK_H, BLOCK_N), weight_if.dtype)
+        nothing = tl.zeros((2 * BLOCK_H, 8 * COLUMNS), weight_if.dtype)
         dh = tl.dot(weight_if, nothing, dh)
         weight_go = _load_weight(
             weight_ptr + HALF, BLOCK_H, 2 * BLOCK_H, OPERAND, WIDEN, zero, True
@@ -217,7 +218,7 @@ def _siamese_bwd_kernel(
         states_before = _load_states(cells_ptrs, before, STATES * BLOCK_H, DTYPE)
         i, f, g, h_by_o = _gates(gates, DTYPE)
         h_by_c, c_before = _states(states, DTYPE)
-        d = _as_cells(dh, BLOCKS, COLUMNS, WARPS) + _as_cells(dh_go, BLOCKS, COLUMNS, WARPS)
+        d = _as_cells(dh, BLOCKS, EACH, WARPS) + _as_cells(dh_go, BLOCKS, EACH, WARPS)
         # scaled, this step's, or the next one's
         upstream = _upstream(
             t + 1 if SCALED else t,
@@ -249,12 +250,12 @@ def _siamese_bwd_kernel(
             rescale, unscale = _scales(largest)
             x_if *= tl.expand_dims(rescale, 7)
             x_go *= tl.expand_dims(rescale, 7)
-        x_if = _as_operand(x_if, BLOCK_H, BLOCK_N, ASSEMBLY)
-        x_go = _as_operand(x_go, BLOCK_H, BLOCK_N, ASSEMBLY)
+        x_if = _as_operand(x_if, BLOCK_H, ASSEMBLY)
+        x_go = _as_operand(x_go, BLOCK_H, ASSEMBLY)
         x_if, low_x_if = _parts(x_if, OPERAND, PARTS, WIDEN)
         x_go, low_x_go = _parts(x_go, OPERAND, PARTS, WIDEN)
-        dh_go = tl.zeros((BLOCK_H, BLOCK_N), tl.float32)
-        dh = dh_go if SCALED else _as_accumulator(upstream, BLOCK_H, BLOCK_N)
+        dh_go = tl.zeros((BLOCK_H, 8 * COLUMNS), tl.float32)
+        dh = dh_go if SCALED else _as_accumulator(upstream, BLOCK_H)
         dh = _product(
             weight_if, low_if, x_if, low_x_if, dh, t * zero, OPERAND, PARTS, WIDEN, STREAM
         )

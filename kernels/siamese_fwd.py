@@ -9,6 +9,7 @@ from fastsiam.kernels import _packing
 from fastsiam.kernels._forward import (
     _as_accumulator,
     _as_gates,
+    _as_operand,
     _at_units,
     _finish,
     _gate_pairs,
@@ -114,7 +115,7 @@ def _siamese_fwd_kernel(
     H,
     zero,  # 0
     BLOCK_H: tl.constexpr,  # 32, 64 or 128 >= H
-    BLOCK_N: tl.constexpr,  # sequences of a program, a multiple of 8
+    BLOCK_N: tl.constexpr,  # sequences of a program, 4, or a multiple of 8
     WARPS: tl.constexpr,
     STREAM: tl.constexpr,  # weight read every step
     OPERAND: tl.constexpr,  # dtype of weight_hh and h in their product
@@ -132,7 +133,8 @@ def _siamese_fwd_kernel(
     STORE_OUTPUTS: tl.constexpr,
 ):
     BLOCKS: tl.constexpr = BLOCK_H // (8 * WARPS)
-    COLUMNS: tl.constexpr = BLOCK_N // 8
+    COLUMNS: tl.constexpr = (BLOCK_N + 7) // 8
+    EACH: tl.constexpr = BLOCK_N // (4 * COLUMNS)
     DTYPE: tl.constexpr = vectors_ptr.dtype.element_ty
     WORDS: tl.constexpr = 4 if DTYPE == tl.float32 else 2
     WEIGHT: tl.constexpr = 4 * BLOCK_H * BLOCK_H
@@ -144,7 +146,7 @@ def _siamese_fwd_kernel(
 
     direction, way = _direction(DIRECTIONS)
     seq, other, live, length, steps = _sequences(
-        lengths_ptr, order_ptr, tl.program_id(0), B, T, COLUMNS, PAIRED, HAS_ORDER
+        lengths_ptr, order_ptr, tl.program_id(0), B, T, BLOCK_N, PAIRED, HAS_ORDER
     )
     last = length - 1
     # a finished sequence runs on, unseen, so that no load in the loop has a mask: over what stands
@@ -172,7 +174,7 @@ def _siamese_fwd_kernel(
     states_ptrs = states_ptr + rows * BLOCK_H + unit_apart
     outputs_ptrs = outputs_ptr + direction * H + unit_apart
 
-    c = tl.zeros((BLOCKS, COLUMNS, 2, WARPS, 8, 4), tl.float32)
+    c = tl.zeros((BLOCKS, COLUMNS, EACH, WARPS, 8, 4), tl.float32)
     v = c - 3.0 if POOLING == "max" else c
     peak = tl.full(c.shape, -1, tl.int32)
     # a step's gates are complete before it begins: h's product stands at the end of the step
@@ -180,13 +182,13 @@ def _siamese_fwd_kernel(
     x = _load_rows(table_ptrs, _row_at(0, ids_ptr, first_token, way, final, R, HAS_IDS), ROW)
     x_next = _load_rows(table_ptrs, _row_at(1, ids_ptr, first_token, way, final, R, HAS_IDS), ROW)
     row = _row_at(2, ids_ptr, first_token, way, final, R, HAS_IDS)
-    a = _as_accumulator(_gate_pairs(x, DTYPE), BLOCK_H, BLOCK_N)
+    a = _as_accumulator(_gate_pairs(x, DTYPE), BLOCK_H)
     if STREAM:
         weight, low = weight_ptr, weight_ptr + WEIGHT
     else:
         weight = _load_weight(weight_ptr, 4 * BLOCK_H, BLOCK_H, OPERAND, WIDEN, zero, False)
         # of h = 0: a use ahead of the loop keeps the weight's change of layout ahead of it
-        a = tl.dot(weight, tl.zeros((BLOCK_H, BLOCK_N), weight.dtype), a)
+        a = tl.dot(weight, tl.zeros((BLOCK_H, 8 * COLUMNS), weight.dtype), a)
         low = weight
         if PARTS == 2:
             low = _load_low(weight_ptr + WEIGHT, 4 * BLOCK_H, BLOCK_H, OPERAND, WIDEN)
@@ -195,7 +197,7 @@ def _siamese_fwd_kernel(
             x_after = _load_rows(table_ptrs, row, ROW)
             row = _row_at(t + 3, ids_ptr, first_token, way, final, R, HAS_IDS)
 
-        i, f, g, o = _as_gates(a, BLOCKS, COLUMNS, WARPS)
+        i, f, g, o = _as_gates(a, BLOCKS, EACH, WARPS)
         c_before = c
         i, f, g, o, c, tanh_c, h = _cell(i, f, g, o, c, APPROXIMATE, ASSEMBLY)
         token_weights = mask_ptr + (first_token + way * t)
@@ -218,14 +220,13 @@ def _siamese_fwd_kernel(
                 states_ptrs,
                 BLOCK_H,
             )
-        a = _as_accumulator(_gate_pairs(x_next, DTYPE), BLOCK_H, BLOCK_N)
+        a = _as_accumulator(_gate_pairs(x_next, DTYPE), BLOCK_H)
         if DIRECT:
             x_next = _load_rows(table_ptrs, row, ROW)
             row = _row_at(t + 3, ids_ptr, first_token, way, final, R, HAS_IDS)
         else:
             x_next = x_after
-        h_rows = tl.reshape(tl.permute(h, (0, 3, 4, 1, 5, 2)), (BLOCK_H, BLOCK_N))
-        h_rows, h_low = _parts(h_rows, OPERAND, PARTS, WIDEN)
+        h_rows, h_low = _parts(_as_operand(h, BLOCK_H), OPERAND, PARTS, WIDEN)
         a = _product(weight, low, h_rows, h_low, a, t * zero, OPERAND, PARTS, WIDEN, STREAM)
 
         if STORE_RECORDS:

@@ -73,7 +73,7 @@ def _siamese_gru_bwd_kernel(
     H,
     zero,  # 0
     BLOCK_H: tl.constexpr,  # 32, 64 or 128 >= H
-    BLOCK_N: tl.constexpr,  # sequences of a program, a multiple of 8
+    BLOCK_N: tl.constexpr,  # sequences of a program, 4, or a multiple of 8
     WARPS: tl.constexpr,
     STREAM: tl.constexpr,  # weight read every step
     OPERAND: tl.constexpr,  # dtype of weight_hh and of gate gradients in their product
@@ -90,7 +90,8 @@ def _siamese_gru_bwd_kernel(
     HAS_ORDER: tl.constexpr,
 ):
     BLOCKS: tl.constexpr = BLOCK_H // (16 * WARPS)
-    COLUMNS: tl.constexpr = BLOCK_N // 8
+    COLUMNS: tl.constexpr = (BLOCK_N + 7) // 8
+    EACH: tl.constexpr = BLOCK_N // (4 * COLUMNS)
     DTYPE: tl.constexpr = vectors_ptr.dtype.element_ty
     # elements of a unit in the records: half precision comes in words of two
     GATES: tl.constexpr = 4 if DTYPE == tl.float32 else 2
@@ -99,7 +100,7 @@ def _siamese_gru_bwd_kernel(
     SCALED: tl.constexpr = DTYPE == tl.float32 and OPERAND == tl.float16
 
     seq, other, live, length, steps = _sequences(
-        lengths_ptr, order_ptr, tl.program_id(0), B, T, COLUMNS, PAIRED, HAS_ORDER
+        lengths_ptr, order_ptr, tl.program_id(0), B, T, BLOCK_N, PAIRED, HAS_ORDER
     )
     last = length - 1
     direction, way = _direction(DIRECTIONS)
@@ -166,24 +167,24 @@ def _siamese_gru_bwd_kernel(
         HAS_DOUTPUTS,
     )
     # of scaled gate gradients the product cannot begin with what comes from outside
-    dh = tl.zeros((BLOCK_H, BLOCK_N), tl.float32)
-    dh = dh if SCALED else _as_accumulator(upstream, BLOCK_H, BLOCK_N)
-    unscale = tl.full((1, 1, COLUMNS, 2, 1, 1, 4), 1.0, tl.float32)
-    dh_y = tl.zeros((BLOCK_H, BLOCK_N), tl.float32)
+    dh = tl.zeros((BLOCK_H, 8 * COLUMNS), tl.float32)
+    dh = dh if SCALED else _as_accumulator(upstream, BLOCK_H)
+    unscale = tl.full((1, 1, COLUMNS, EACH, 1, 1, 4), 1.0, tl.float32)
+    dh_y = tl.zeros((BLOCK_H, 8 * COLUMNS), tl.float32)
     # what a step's gradient gives to that of the state before it, past the product
-    passed = tl.zeros((BLOCKS, 2, COLUMNS, 2, WARPS, 8, 4), tl.float32)
+    passed = tl.zeros((BLOCKS, 2, COLUMNS, EACH, WARPS, 8, 4), tl.float32)
     if STREAM:
         weight_rz, weight_y = weight_ptr, weight_ptr + 2 * SQUARE
         low_rz, low_y = weight_ptr + 3 * SQUARE, weight_ptr + 5 * SQUARE
     else:
         # products of 0: a use ahead of the loop keeps a weight's change of layout ahead of it
         weight_rz = _load_weight(weight_ptr, BLOCK_H, 2 * BLOCK_H, OPERAND, WIDEN, zero, True)
-        nothing = tl.zeros((2 * BLOCK_H, BLOCK_N), weight_rz.dtype)
+        nothing = tl.zeros((2 * BLOCK_H, 8 * COLUMNS), weight_rz.dtype)
         dh = tl.dot(weight_rz, nothing, dh)
         weight_y = _load_weight(
             weight_ptr + 2 * SQUARE, BLOCK_H, BLOCK_H, OPERAND, WIDEN, zero, True
         )
-        dh_y = tl.dot(weight_y, tl.zeros((BLOCK_H, BLOCK_N), weight_y.dtype))
+        dh_y = tl.dot(weight_y, tl.zeros((BLOCK_H, 8 * COLUMNS), weight_y.dtype))
         low_rz, low_y = weight_rz, weight_y
         if PARTS == 2:
             low_rz = _load_low(weight_ptr + 3 * SQUARE, BLOCK_H, 2 * BLOCK_H, OPERAND, WIDEN)
@@ -201,7 +202,7 @@ def _siamese_gru_bwd_kernel(
         states_before = _load_cells(states_ptrs + before * BLOCK_H, 7)
         r, z, n, n_by_r = _gates(gates, DTYPE)
         h_by_n, h_by_z = _derivatives(z, n, states.to(tl.float32))
-        d = _as_cells(dh, BLOCKS, COLUMNS, WARPS) + _as_cells(dh_y, BLOCKS, COLUMNS, WARPS)
+        d = _as_cells(dh, BLOCKS, EACH, WARPS) + _as_cells(dh_y, BLOCKS, EACH, WARPS)
         # scaled, this step's, or the next one's
         upstream = _upstream(
             t + 1 if SCALED else t,
@@ -231,12 +232,12 @@ def _siamese_gru_bwd_kernel(
             rescale, unscale = _scales(largest)
             x_rz *= tl.expand_dims(rescale, 7)
             x_y *= rescale
-        x_rz = _as_operand(x_rz, BLOCK_H, BLOCK_N, ASSEMBLY)
-        x_y = _as_accumulator(x_y, BLOCK_H, BLOCK_N)
+        x_rz = _as_operand(x_rz, BLOCK_H, ASSEMBLY)
+        x_y = _as_accumulator(x_y, BLOCK_H)
         x_rz, low_x_rz = _parts(x_rz, OPERAND, PARTS, WIDEN)
         x_y, low_x_y = _parts(x_y, OPERAND, PARTS, WIDEN)
-        dh_y = tl.zeros((BLOCK_H, BLOCK_N), tl.float32)
-        dh = dh_y if SCALED else _as_accumulator(upstream + passed, BLOCK_H, BLOCK_N)
+        dh_y = tl.zeros((BLOCK_H, 8 * COLUMNS), tl.float32)
+        dh = dh_y if SCALED else _as_accumulator(upstream + passed, BLOCK_H)
         dh = _product(
             weight_rz, low_rz, x_rz, low_x_rz, dh, t * zero, OPERAND, PARTS, WIDEN, STREAM
         )

@@ -132,7 +132,7 @@ def _siamese_wide_bwd_kernel(
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         # sequences, tokens, gaps and rows of records as in siamese_bwd.py
         seq, other, live, length, steps = _sequences(
-            lengths_ptr, order_ptr, tile, B, T, COLUMNS, PAIRED, HAS_ORDER
+            lengths_ptr, order_ptr, tile, B, T, BLOCK_N, PAIRED, HAS_ORDER
         )
         last = length - 1
         first_gap = seq * (T + 1) + direction * length
@@ -200,7 +200,7 @@ def _siamese_wide_bwd_kernel(
                 WIDEN,
                 PRECISION,
             )
-            d = _as_cells(dh, 1, COLUMNS, WARPS)
+            d = _as_cells(dh, 1, 2, WARPS)
             if CELL == "gru":
                 # before the loads, which then have its registers
                 d += carried

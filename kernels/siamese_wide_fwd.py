@@ -122,7 +122,7 @@ def _siamese_wide_fwd_kernel(
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         # sequences, tokens, gaps and rows of records as in siamese_fwd.py
         seq, _, live, length, steps = _sequences(
-            lengths_ptr, order_ptr, tile, B, T, COLUMNS, PAIRED, HAS_ORDER
+            lengths_ptr, order_ptr, tile, B, T, BLOCK_N, PAIRED, HAS_ORDER
         )
         last = length - 1
         first_token = seq.to(tl.int64) * T + direction * tl.maximum(last, 0)
@@ -185,14 +185,14 @@ def _siamese_wide_fwd_kernel(
             if not RESIDENT:
                 # not before the product, which needs the registers
                 x = _load_rows(table_ptrs, row, ROW)
-            a += _as_accumulator(_gate_pairs(x, DTYPE), UNITS, BLOCK_N)
+            a += _as_accumulator(_gate_pairs(x, DTYPE), UNITS)
 
             if CELL == "lstm":
-                i, f, g, o = _as_gates(a, 1, COLUMNS, WARPS)
+                i, f, g, o = _as_gates(a, 1, 2, WARPS)
                 c_before = carried
                 i, f, g, o, carried, tanh_c, h = _cell(i, f, g, o, c_before, APPROXIMATE, ASSEMBLY)
             else:
-                r, z, n, y = _as_gates(a, 1, COLUMNS, WARPS)
+                r, z, n, y = _as_gates(a, 1, 2, WARPS)
                 r, z, n, n_by_r, h = _gru_cell(r, z, n, y, carried, APPROXIMATE, ASSEMBLY)
                 carried = h
             # the state before all else: others wait for it

@@ -48,6 +48,9 @@ from fastsiam.kernels.siamese_wide_fwd import _score_kernel, _siamese_wide_fwd_k
 TARGETS = tuple(_tiling.SHARED_BYTES)
 DTYPES = ("bfloat16", "float16", "tf32", "float32")
 HIDDEN = (16, 50, 64, 100, 128, 256, 512, 1024)
+# sequences of a multiprocessor, by which tiles differ: one program has it, two of 4 sequences share
+# it, two of 8 do, programs queue
+LOADS = (4, 8, 16, 32)
 # the wide kernels' tiles hang on the batch: here of a GPU with so many multiprocessors
 MULTIPROCESSORS = 132
 FEW, MANY = 256, 16384
@@ -160,44 +163,24 @@ KERNELS = {
     # its loop is over features, and H says nothing
     "manhattan_pairs": (_manhattan_pairs_kernel, {"BLOCK_Q": 64, "BLOCK_M": 128}),
 }
-# of the step loop on sm_90, instructions of one warp at most: kernel, dtype, block of H, warps
-BOUNDS = {
+# of the step loop on sm_90, with 8 sequences a program: kernel, dtype, block of H, warps, and
+# instructions of one warp at most
+BOUNDS_8 = {
     ("siamese_fwd", "bfloat16", 64, 4): 110,
-    ("siamese_fwd", "bfloat16", 64, 8): 72,
     ("siamese_fwd", "bfloat16", 128, 8): 135,
-    ("siamese_fwd", "float16", 64, 8): 72,
     ("siamese_fwd", "tf32", 64, 4): 110,
-    ("siamese_fwd", "tf32", 64, 8): 70,
     ("siamese_fwd", "tf32", 128, 8): 130,
     ("siamese_fwd_train", "bfloat16", 64, 4): 175,
-    ("siamese_fwd_train", "bfloat16", 64, 8): 108,
     ("siamese_fwd_train", "bfloat16", 128, 8): 190,
     ("siamese_fwd_train", "tf32", 64, 4): 150,
-    ("siamese_fwd_train", "tf32", 64, 8): 98,
     ("siamese_fwd_train", "tf32", 128, 8): 170,
-    ("siamese_bwd", "bfloat16", 64, 4): 172,
+    ("siamese_bwd", "bfloat16", 64, 4): 175,
     ("siamese_bwd", "bfloat16", 128, 8): 205,
     ("siamese_bwd", "tf32", 64, 4): 175,
-    ("siamese_fwd_mask", "bfloat16", 64, 8): 86,
-    ("siamese_fwd_both_ways", "bfloat16", 64, 8): 78,
-    ("siamese_fwd_max", "bfloat16", 64, 8): 74,
-    ("siamese_fwd_outputs", "bfloat16", 64, 8): 95,
-    ("siamese_fwd_train_mask", "bfloat16", 64, 8): 119,
-    ("siamese_fwd_train_both_ways", "bfloat16", 64, 8): 114,
-    ("siamese_fwd_train_max", "bfloat16", 64, 8): 111,
-    ("siamese_fwd_train_outputs", "bfloat16", 64, 8): 133,
-    ("siamese_bwd_mask", "bfloat16", 64, 4): 187,
-    ("siamese_bwd_both_ways", "bfloat16", 64, 4): 178,
-    ("siamese_bwd_max", "bfloat16", 64, 4): 181,
-    ("siamese_bwd_outputs", "bfloat16", 64, 4): 226,
     ("siamese_gru_fwd", "bfloat16", 64, 4): 103,
-    ("siamese_gru_fwd", "bfloat16", 64, 8): 67,
     ("siamese_gru_fwd", "bfloat16", 128, 8): 135,
-    ("siamese_gru_fwd", "tf32", 64, 8): 66,
     ("siamese_gru_fwd_train", "bfloat16", 64, 4): 155,
-    ("siamese_gru_fwd_train", "bfloat16", 64, 8): 100,
     ("siamese_gru_fwd_train", "bfloat16", 128, 8): 175,
-    ("siamese_gru_fwd_train", "tf32", 64, 8): 86,
     ("siamese_gru_bwd", "bfloat16", 64, 4): 175,
     ("siamese_gru_bwd", "bfloat16", 128, 8): 205,
     ("siamese_gru_bwd", "tf32", 64, 4): 195,
@@ -216,9 +199,55 @@ BOUNDS = {
     ("siamese_gru_bwd", "float32", 64, 4): 270,
     ("siamese_gru_bwd", "float32", 128, 8): 355,
 }
-# the same with 16 sequences a program, where programs queue or H is wide
+# the same with 4 sequences a program, where few share a multiprocessor
+BOUNDS_4 = {
+    ("siamese_fwd", "bfloat16", 64, 4): 80,
+    ("siamese_fwd", "bfloat16", 64, 8): 55,
+    ("siamese_fwd", "bfloat16", 128, 8): 102,
+    ("siamese_fwd", "float16", 64, 8): 55,
+    ("siamese_fwd", "tf32", 64, 4): 80,
+    ("siamese_fwd", "tf32", 64, 8): 54,
+    ("siamese_fwd", "tf32", 128, 8): 97,
+    ("siamese_fwd", "float32", 64, 8): 155,
+    ("siamese_fwd_train", "bfloat16", 64, 4): 124,
+    ("siamese_fwd_train", "bfloat16", 64, 8): 78,
+    ("siamese_fwd_train", "bfloat16", 128, 8): 142,
+    ("siamese_fwd_train", "tf32", 64, 4): 112,
+    ("siamese_fwd_train", "tf32", 64, 8): 72,
+    ("siamese_fwd_train", "tf32", 128, 8): 130,
+    ("siamese_fwd_train", "float32", 64, 8): 182,
+    ("siamese_bwd", "bfloat16", 64, 4): 116,
+    ("siamese_bwd", "bfloat16", 128, 8): 145,
+    ("siamese_bwd", "tf32", 64, 4): 132,
+    ("siamese_bwd", "tf32", 128, 8): 150,
+    ("siamese_fwd_mask", "bfloat16", 64, 8): 63,
+    ("siamese_fwd_both_ways", "bfloat16", 64, 8): 56,
+    ("siamese_fwd_max", "bfloat16", 64, 8): 56,
+    ("siamese_fwd_outputs", "bfloat16", 64, 8): 74,
+    ("siamese_fwd_train_mask", "bfloat16", 64, 8): 84,
+    ("siamese_fwd_train_both_ways", "bfloat16", 64, 8): 78,
+    ("siamese_fwd_train_max", "bfloat16", 64, 8): 79,
+    ("siamese_fwd_train_outputs", "bfloat16", 64, 8): 92,
+    ("siamese_bwd_mask", "bfloat16", 64, 4): 124,
+    ("siamese_bwd_both_ways", "bfloat16", 64, 4): 116,
+    ("siamese_bwd_max", "bfloat16", 64, 4): 116,
+    ("siamese_bwd_outputs", "bfloat16", 64, 4): 144,
+    ("siamese_gru_fwd", "bfloat16", 64, 4): 77,
+    ("siamese_gru_fwd", "bfloat16", 64, 8): 54,
+    ("siamese_gru_fwd", "bfloat16", 128, 8): 99,
+    ("siamese_gru_fwd", "tf32", 64, 8): 52,
+    ("siamese_gru_fwd_train", "bfloat16", 64, 4): 106,
+    ("siamese_gru_fwd_train", "bfloat16", 64, 8): 67,
+    ("siamese_gru_fwd_train", "bfloat16", 128, 8): 126,
+    ("siamese_gru_fwd_train", "tf32", 64, 8): 65,
+    ("siamese_gru_bwd", "bfloat16", 64, 4): 113,
+    ("siamese_gru_bwd", "bfloat16", 128, 8): 133,
+    ("siamese_gru_bwd", "tf32", 64, 4): 139,
+    ("siamese_gru_bwd", "tf32", 128, 8): 134,
+}
+# with 16, where programs queue or H is wide
 BOUNDS_16 = {
-    ("siamese_bwd", "bfloat16", 64, 4): 300,
+    ("siamese_bwd", "bfloat16", 64, 4): 312,
     ("siamese_bwd", "bfloat16", 128, 8): 345,
     ("siamese_gru_bwd", "bfloat16", 64, 4): 300,
     ("siamese_gru_bwd", "bfloat16", 128, 8): 330,
@@ -241,7 +270,7 @@ BOUNDS_64 = {
     ("siamese_wide_gru_fwd_train", "bfloat16", 1024, 8): 107,
     ("siamese_wide_gru_bwd", "bfloat16", 1024, 8): 100,
 }
-BOUNDS_OF = {8: BOUNDS, 16: BOUNDS_16, 32: {}, 64: BOUNDS_64}
+BOUNDS_OF = {4: BOUNDS_4, 8: BOUNDS_8, 16: BOUNDS_16, 32: {}, 64: BOUNDS_64}
 # where gate gradients are scaled for float16, their largest passes between warps
 SCALED_BARRIERS = 5
 # in one launch: three of the wait, one of the arrival, one of the product
@@ -318,17 +347,13 @@ class Row:
     loop_shared_loads: int | None = None  # h alone where registers hold W_hh
 
 
-def tile_of(
-    kernel: str, H: int, dtype: str, target: str, num_warps: int | None, each: int = 1
-) -> _tiling.Tile:
-    """Return the tile that `_tiling.py` gives, or the same with another number of warps."""
+def tile_of(kernel: str, H: int, dtype: str, target: str, load: int) -> _tiling.Tile:
+    """Return the tile that `_tiling.py` gives where a multiprocessor gets `load` sequences."""
     how = arithmetic(dtype, target)
     choose = _tiling.backward_tile if "_bwd" in kernel else _tiling.forward_tile
-    tile = choose(H, torch_dtype(dtype), how, target, each)
-    if kernel == "manhattan_pairs":
-        num_warps = 4
-    num_warps = LAYERS.get(kernel, num_warps)
-    return tile if num_warps is None else tile._replace(num_warps=num_warps)
+    tile = choose(H, torch_dtype(dtype), how, target, load)
+    warps = LAYERS.get(kernel, 4 if kernel == "manhattan_pairs" else tile.num_warps)
+    return tile._replace(num_warps=warps)
 
 
 def torch_dtype(dtype: str) -> torch.dtype:
@@ -409,6 +434,9 @@ def compile_job(job: Job) -> Any:
         **flags,
     }
     options = {"num_warps": job.tile.num_warps}
+    dense = not (flags.get("HAS_IDS", True) or flags.get("STORE_RECORDS", True))
+    if (backward or dense) and job.wide is None:
+        options |= _tiling.all_registers(job.target)
     if job.wide is not None:
         types["weight_ptr"] = element
         constants |= {
@@ -475,53 +503,48 @@ def rows_for(job: Job, hidden: tuple[int, ...] = HIDDEN) -> list[Row]:
 
 def jobs(quick: bool) -> list[Job]:
     """Return everything to compile, or the part that fits a test run."""
-    plan: list[tuple[str, str, str, int, int | None]] = []
-    for kernel, target, dtype, H in itertools.product(PLAIN, TARGETS, DTYPES, (32, 64, 128)):
+    shapes: list[tuple[str, str, str, int]] = []
+    for shape in itertools.product(PLAIN, TARGETS, DTYPES, (32, 64, 128)):
+        _, target, dtype, H = shape
         # small blocks are easy everywhere: one target shows them in every dtype
-        if H == 32 and target != "sm_90" and dtype != "bfloat16":
-            continue
-        if not quick or (kernel, target, dtype, H) in _QUICK:
-            plan.append((kernel, target, dtype, H, None))
-    # the GRU's tiles are the LSTM's, and hold less: two dtypes show them elsewhere
-    for kernel, target, dtype, H in itertools.product(GRU, TARGETS, DTYPES, (64, 128)):
-        if target != "sm_90" and dtype not in ("bfloat16", "tf32"):
-            continue
-        if not quick or (kernel, target, dtype, H) in _QUICK:
-            plan.append((kernel, target, dtype, H, None))
-    targets = ("sm_90", "gfx942") if quick else TARGETS
-    plan += [("manhattan_pairs", target, "float32", 64, None) for target in targets]
-    shapes = [("bfloat16", 128)] if quick else [("bfloat16", 128), ("tf32", 64)]
-    plan += [
-        (kernel, target, *shape, None)
-        for kernel, target, shape in itertools.product(LAYERS, targets, shapes)
-    ]
-    sums = ("weight_gradients", "weight_gradients_dense")
-    plan += [(k, "sm_80", dtype, 64, None) for k in sums for dtype in ("tf32", "float32")]
-    for kernel, dtype in itertools.product(PLAIN[:2], ("bfloat16", "tf32")):
-        # what a busy multiprocessor is offered, and tf32 to compare
-        plan.append((kernel, "sm_90", dtype, 64, 4))
-    if not quick:
-        others = [target for target in TARGETS if target.startswith("sm_") and target != "sm_90"]
-        plan += [(k, target, "bfloat16", 64, 4) for k in PLAIN[:2] for target in others]
-    plan += [(kernel, "sm_90", "bfloat16", 64, 4) for kernel in GRU[:2]]
+        if H > 32 or target == "sm_90" or dtype == "bfloat16":
+            shapes.append(shape)
+    for shape in itertools.product(GRU, TARGETS, DTYPES, (64, 128)):
+        _, target, dtype, _ = shape
+        # the GRU's tiles are the LSTM's, and hold less: two dtypes show them elsewhere
+        if target == "sm_90" or dtype in ("bfloat16", "tf32"):
+            shapes.append(shape)
     for kernel in VARIANTS:
-        if quick and "gru" in kernel:
-            continue
         # a variant differs from its kernel by a few instructions: one target says enough
-        shapes = (
-            [("bfloat16", 64)] if quick else [("bfloat16", 64), ("bfloat16", 128), ("tf32", 64)]
-        )
-        plan += [(kernel, "sm_90", dtype, H, None) for dtype, H in shapes]
+        if not quick:
+            shapes += itertools.product([kernel], ["sm_90"], ("bfloat16", "tf32"), (64, 128))
+        elif "gru" not in kernel:
+            shapes.append((kernel, "sm_90", "bfloat16", 64))
     found = [
-        Job(kernel, target, dtype, tile_of(kernel, H, dtype, target, num_warps))
-        for kernel, target, dtype, H, num_warps in plan
+        Job(kernel, target, dtype, tile_of(kernel, H, dtype, target, load))
+        for kernel, target, dtype, H in shapes
+        if not quick or kernel in VARIANTS or (kernel, target, dtype, H) in _QUICK
+        for load in _loads(kernel, target, quick)
     ]
-    # where programs queue for a multiprocessor
-    backward = [kernel for kernel in KERNELS if "_bwd" in kernel and "_wide" not in kernel]
-    for kernel, dtype, H in itertools.product(backward, ("bfloat16", "float16"), (64, 128)):
-        if not quick or (kernel in (PLAIN[2], GRU[2]) and dtype == "bfloat16"):
-            found.append(Job(kernel, "sm_90", dtype, tile_of(kernel, H, dtype, "sm_90", None, 99)))
-    return found + wide_jobs(quick)
+    targets = ("sm_90", "gfx942") if quick else TARGETS
+    layers = list(itertools.product(["manhattan_pairs"], targets, ["float32"], [64]))
+    for dtype, H in [("bfloat16", 128)] if quick else [("bfloat16", 128), ("tf32", 64)]:
+        layers += itertools.product(LAYERS, targets, [dtype], [H])
+    sums = ("weight_gradients", "weight_gradients_dense")
+    layers += itertools.product(sums, ["sm_80"], ["tf32", "float32"], [64])
+    found += [
+        Job(kernel, target, dtype, tile_of(kernel, H, dtype, target, LOADS[2]))
+        for kernel, target, dtype, H in layers
+    ]
+    # unlike loads may have one tile
+    return list(dict.fromkeys(found)) + wide_jobs(quick)
+
+
+def _loads(kernel: str, target: str, quick: bool) -> tuple[int, ...]:
+    if not quick or (target == "sm_90" and kernel not in VARIANTS):
+        return LOADS
+    # the tile of few sequences, or elsewhere the one that needs most space
+    return LOADS[:1] if kernel in VARIANTS else LOADS[2:3]
 
 
 def wide_jobs(quick: bool) -> list[Job]:

@@ -99,6 +99,32 @@ def test_wide_tiles(change_tiles, H):
     check(Case(B=13, H=H, T_left=5, inputs="ids, trained"), "triton")
 
 
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize(
+    ("sequences", "B"), [(4, 7), (8, 1)], ids=["several programs of 4", "a program of 8 not full"]
+)
+def test_few_and_many_sequences_a_program(change_tiles, sequences, B, cell):
+    """A pair is two threads' in a program of 4, one thread's in one of 8."""
+    change_tiles(sequences=sequences)
+    check(Case(B=B, H=50, T_left=4, inputs="ids, trained", learned_scale=True, cell=cell), "triton")
+    check(
+        Case(B=B, H=33, T_left=3, call="encode", pooling="max", directions=2, cell=cell), "triton"
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_sequences_a_program_change_no_bit(change_tiles, dtype):
+    """What a pair gets does not hang on the size of the batch it is in."""
+    case = Case(B=5, H=50, T_left=6, T_right=4, dtype=dtype, inputs="ids", pooling="mask")
+    inputs = make_inputs(case)
+    results = []
+    for sequences in (4, 8):
+        change_tiles(sequences=sequences)
+        results.append(compute(case, inputs, "triton", dtype))
+    for name, few in results[0].items():
+        assert torch.equal(few, results[1][name]), name
+
+
 @pytest.mark.parametrize("fields", [{"parts": 1}, {"parts": 1, "stream": True}], ids=str)
 def test_float32_rounded_to_the_mantissa_of_tf32(change_tiles, fields):
     """What GPUs do where tf32 is allowed."""
@@ -158,7 +184,9 @@ def test_cases_reach_every_path(triton):
 
     target = _tiling.target_of(torch.device(DEVICE))
     hows = {case.dtype: _tiling.arithmetic(case.dtype, False, target) for case in CASES}
-    tiles = {_tiling.forward_tile(c.H, c.dtype, hows[c.dtype], target) for c in CASES}
+    loads = {c: -(-2 * c.B // _tiling.multiprocessors(torch.device(DEVICE), target)) for c in CASES}
+    tiles = {_tiling.forward_tile(c.H, c.dtype, hows[c.dtype], target, loads[c]) for c in CASES}
+    assert {tile.sequences for tile in tiles} == {4, 8} or DEVICE == "cuda"
     # where there is shared memory enough no weight is read every step
     assert {tile.stream for tile in tiles} <= {False, True}
     assert {tile.stream for tile in tiles} == {False, True} or target in ("sm_90", "sm_100")
@@ -188,6 +216,20 @@ def test_results_are_repeatable(fused_backend, case):
     first, second = (compute(case, inputs, fused_backend, case.dtype) for _ in range(2))
     for name in first:
         assert torch.equal(first[name], second[name]), name
+
+
+def test_results_do_not_follow_the_default_dtype(fused_backend):
+    case = Case(B=2, T_left=3, H=5, inputs="ids, trained")
+    inputs = make_inputs(case)
+    expected = compute(case, inputs, fused_backend, case.dtype)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = compute(case, inputs, fused_backend, case.dtype)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name, wanted in expected.items():
+        assert found[name].dtype == wanted.dtype, name
+        assert torch.equal(found[name], wanted), name
 
 
 def make_module(backend, H=20, **options):

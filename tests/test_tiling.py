@@ -11,21 +11,40 @@ HALF, FULL = torch.bfloat16, torch.float32
 
 
 @pytest.mark.parametrize(
-    ("H", "dtype", "target", "each", "sequences"),
+    ("H", "dtype", "target", "load", "ahead", "back"),
     [
-        (50, HALF, "sm_90", 3, 8),
-        (50, HALF, "sm_90", 4, 16),
-        (128, HALF, "sm_90", 1, 8),
-        (128, HALF, "sm_90", 2, 16),
-        (32, HALF, "sm_90", 9, 8),
-        (128, FULL, "sm_90", 9, 8),
-        (128, HALF, "sm_100", 9, 8),
-        (50, HALF, "gfx942", 1, 16),
+        # sequences and warps of a program: one alone, two of 4, two of 8, a queue
+        (50, HALF, "sm_90", 4, (4, 8), (4, 4)),
+        (50, HALF, "sm_90", 8, (4, 4), (8, 4)),
+        (50, HALF, "sm_90", 9, (8, 4), (8, 4)),
+        (50, HALF, "sm_90", 24, (8, 4), (8, 4)),
+        (50, HALF, "sm_90", 25, (8, 4), (16, 4)),
+        (128, HALF, "sm_90", 4, (4, 8), (4, 8)),
+        (128, HALF, "sm_90", 5, (8, 8), (8, 8)),
+        (128, HALF, "sm_90", 9, (8, 8), (16, 8)),
+        (32, HALF, "sm_90", 8, (4, 4), (8, 2)),
+        (32, HALF, "sm_90", 99, (8, 4), (8, 2)),
+        (50, FULL, "sm_90", 4, (4, 8), (8, 4)),
+        (50, FULL, "sm_90", 5, (8, 8), (8, 4)),
+        (128, FULL, "sm_90", 1, (8, 8), (8, 8)),
+        (128, FULL, "sm_90", 99, (8, 8), (8, 8)),
+        (128, HALF, "sm_100", 99, (8, 8), (8, 8)),
+        (50, HALF, "gfx942", 1, (16, 8), (16, 4)),
     ],
 )
-def test_sequences_of_a_backward_program(H, dtype, target, each, sequences):
+def test_sequences_and_warps(H, dtype, target, load, ahead, back):
     how = _tiling.arithmetic(dtype, False, target)
-    assert _tiling.backward_tile(H, dtype, how, target, each).sequences == sequences
+    for choose, wanted in ((_tiling.forward_tile, ahead), (_tiling.backward_tile, back)):
+        tile = choose(H, dtype, how, target, load)
+        assert (tile.sequences, tile.num_warps) == wanted
+
+
+def test_load_counts_directions(monkeypatch):
+    monkeypatch.setattr(_tiling, "multiprocessors", lambda *_: 132)
+    lengths = torch.ones(2 * 132, dtype=torch.int64)
+    assert _tiling.load_of(lengths, 1, "sm_90") == 2
+    assert _tiling.load_of(lengths, 2, "sm_90") == 4
+    assert _tiling.load_of(lengths[:1], 1, "sm_90") == 1
 
 
 @pytest.mark.parametrize(
