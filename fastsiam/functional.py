@@ -85,7 +85,7 @@ def siamese_similarity(
         [B] similarities in (0, 1], float32 (float64 for float64 weights), or their logarithms.
 
     Raises:
-        TypeError: an input or a mask is no tensor, but an array or a list.
+        TypeError: an input, a mask, a weight or the embedding is no tensor, but an array or a list.
         ValueError: an argument of the wrong shape, dtype or range; the message names it.
         ImportError: backend "triton" without triton.
     """
@@ -298,8 +298,9 @@ def manhattan_topk(
         ValueError: an argument of the wrong shape, dtype, device or range.
         ImportError: backend "triton" without triton.
     """
+    check_tensor("manhattan_topk", "queries", queries)
+    scale = _factor("manhattan_topk", scale, queries.device)
     distance, index = nearest_rows("manhattan_topk", queries, corpus, k, backend)
-    scale = _factor("manhattan_topk", scale, distance.device)
     with torch.no_grad():
         return torch.exp(distance * -scale).float(), index
 

@@ -134,9 +134,11 @@ class GraphedStep:
         if self.device.type != "cuda":
             return self._step()
         with torch.cuda.device(self.device):
-            self._done += 1
-            if self._done <= WARMUP:
-                return self._warm_up()
+            if self._done < WARMUP:
+                loss = self._warm_up()
+                # not where it was refused: what a capture must not make is made by these steps
+                self._done += 1
+                return loss
             if self._graph is None:
                 self._capture()
             self._check_settings()

@@ -122,6 +122,12 @@ class _Siamese(nn.Module):
             self.forget_projection()
         return super().train(mode)
 
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        # by which a module goes to another device or dtype; nothing stays behind
+        self.forget_projection()
+        moved: Self = super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        return moved
+
     @property
     def scale(self) -> float | Tensor:
         """The factor on L1: a number, or exp of the parameter `log_scale` where it is learned."""
@@ -327,9 +333,12 @@ class _Siamese(nn.Module):
         if table is None or torch.compiler.is_exporting():
             return None
         first_layer = weights[: 2 if self.bidirectional else 1]
+        tensors = [t for t in (table, *itertools.chain.from_iterable(first_layer)) if t is not None]
+        if not all(isinstance(t, nn.Parameter) for t in tensors):
+            # computed for this call: the next one has others
+            return None
         if torch.is_grad_enabled():
-            tensors = (table, *itertools.chain.from_iterable(first_layer))
-            if any(t is not None and t.requires_grad for t in tensors):
+            if any(t.requires_grad for t in tensors):
                 # a step follows, and that of a fused optimizer raises no version counter
                 self.forget_projection()
             return None
@@ -546,7 +555,7 @@ def _own_embedding(
                 "pass its weight alone"
             )
         return embedding.requires_grad_(not freeze).to(like.device, like.dtype)
-    weight = table.detach().to(like, copy=True)
+    weight = table.detach().to(like, copy=True).contiguous()
     made: nn.Embedding = nn.Embedding.from_pretrained(weight, freeze=freeze)
     return made
 

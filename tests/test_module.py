@@ -1,8 +1,10 @@
 """`SiameseLSTM` as a module: parameters, copies, precision, training, and the cached projection."""
 
 import copy
+import gc
 import io
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -471,6 +473,29 @@ def test_cache_is_used_while_gradients_are_off(fused_backend, prepares):
     with torch.no_grad():
         score(m, ids)
     assert prepares == [fused_backend] * 2
+
+
+def test_computed_weights_have_no_cache(prepares):
+    """They are others in each call: what was projected for one would never be found again."""
+    m = make_embedded(backend="torch")
+    nn.utils.parametrizations.weight_norm(m, "weight_hh_l0")
+    ids = draw_ids()
+    with torch.no_grad():
+        assert torch.equal(score(m, ids), score(m, ids))
+    assert prepares == []
+
+
+def test_nothing_stays_behind_where_a_module_moves():
+    table = torch.randn(V, D).numpy()
+    memory = weakref.ref(table)
+    shared = nn.Embedding.from_pretrained(torch.from_numpy(table))
+    m = SiameseLSTM(D, H, embedding=shared, backend="torch", device="cpu")
+    with torch.no_grad():
+        score(m, tuple(t.cpu() for t in draw_ids()))
+    m.double()
+    del table, shared
+    gc.collect()
+    assert memory() is None
 
 
 def test_dense_inputs_have_no_cache(prepares):
