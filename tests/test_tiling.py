@@ -7,11 +7,12 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from fastsiam.kernels import _tiling
 
-HALF, FULL = torch.bfloat16, torch.float32
+# dtype, and whether tf32 is allowed
+HALF, FULL, TF32 = (torch.bfloat16, False), (torch.float32, False), (torch.float32, True)
 
 
 @pytest.mark.parametrize(
-    ("H", "dtype", "target", "load", "ahead", "back"),
+    ("H", "precision", "target", "load", "ahead", "back"),
     [
         # sequences and warps of a program: one alone, two of 4, two of 8, a queue
         (50, HALF, "sm_90", 4, (4, 8), (4, 4)),
@@ -28,12 +29,17 @@ HALF, FULL = torch.bfloat16, torch.float32
         (50, FULL, "sm_90", 5, (8, 8), (8, 4)),
         (128, FULL, "sm_90", 1, (8, 8), (8, 8)),
         (128, FULL, "sm_90", 99, (8, 8), (8, 8)),
+        (50, TF32, "sm_90", 4, (4, 8), (4, 4)),
+        (50, TF32, "sm_90", 8, (4, 4), (8, 4)),
+        (32, TF32, "sm_90", 4, (4, 4), (8, 2)),
+        (128, TF32, "sm_90", 99, (8, 8), (8, 8)),
         (128, HALF, "sm_100", 99, (8, 8), (8, 8)),
         (50, HALF, "gfx942", 1, (16, 8), (16, 4)),
     ],
 )
-def test_sequences_and_warps(H, dtype, target, load, ahead, back):
-    how = _tiling.arithmetic(dtype, False, target)
+def test_sequences_and_warps(H, precision, target, load, ahead, back):
+    dtype, allow_tf32 = precision
+    how = _tiling.arithmetic(dtype, allow_tf32, target)
     for choose, wanted in ((_tiling.forward_tile, ahead), (_tiling.backward_tile, back)):
         tile = choose(H, dtype, how, target, load)
         assert (tile.sequences, tile.num_warps) == wanted
