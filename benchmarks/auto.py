@@ -36,6 +36,7 @@ class Plan:
     pairs: tuple[int, ...]
     dtypes: tuple[str, ...]
     threads: tuple[int, ...]
+    cells: tuple[str, ...] = ("lstm", "gru")
 
 
 CPU = Plan("torch", (50, 128, 256, 512, 1024), (1, 8, 32, 256), ("float32",), (1, 2))
@@ -72,8 +73,8 @@ def compare(case: Case, work: str, plan: Plan, device: torch.device) -> tuple[Ro
 def measure(plan: Plan, device: torch.device) -> list[Row]:
     """Measure the plan; print each row as it comes."""
     rows = []
-    for threads, dtype, H, lengths, work in itertools.product(
-        plan.threads, plan.dtypes, plan.hidden, ("full", "sick"), WORKS
+    for cell, threads, dtype, H, lengths, work in itertools.product(
+        plan.cells, plan.threads, plan.dtypes, plan.hidden, ("full", "sick"), WORKS
     ):
         if device.type == "cpu":
             torch.set_num_threads(threads)
@@ -81,7 +82,7 @@ def measure(plan: Plan, device: torch.device) -> list[Row]:
         for pairs in plan.pairs:
             if call_s * pairs / before > LONGEST_S:
                 break
-            case = Case("", H=H, D=300, B=pairs, T=73, lengths=lengths, dtype=dtype)
+            case = Case("", H=H, D=300, B=pairs, T=73, lengths=lengths, dtype=dtype, cell=cell)
             row, call_s = compare(case, work, plan, device)
             before = pairs
             rows.append(row)
