@@ -51,7 +51,7 @@ def check_network(
                 f"{who}: weights must be Weights or a list of them, got {type(direction).__name__}"
             )
         for name, weight in zip(Weights._fields, direction, strict=True):
-            if not (isinstance(weight, Tensor) or (weight is None and name.startswith("bias"))):
+            if weight is not None or name.startswith("weight"):
                 check_tensor(who, name, weight)
     layers = [weights[first : first + P] for first in range(0, len(weights), P)]
     like = weights[0].weight_hh
@@ -78,8 +78,7 @@ def _check_weights(
                 f"{who}: {name} must be {list(shape)} for H = {H} (the columns of weight_hh), "
                 f"got {list(weight.shape)}"
             )
-        if weight.dtype != like.dtype or weight.device != like.device:
-            what = "device" if weight.dtype == like.dtype else "dtype"
+        if what := _difference(weight, like):
             raise ValueError(
                 f"{who}: all weights must have one {what}, got {name} of "
                 f"{getattr(weight, what)} and weight_hh of {getattr(like, what)}"
@@ -99,6 +98,13 @@ def check_tensor(who: str, name: str, given: object) -> None:
         )
 
 
+def _difference(t: Tensor, like: Tensor) -> str | None:
+    """Return which of dtype and device two tensors do not share, if any."""
+    if t.dtype != like.dtype:
+        return "dtype"
+    return None if t.device == like.device else "device"
+
+
 def check_table(who: str, embedding: Tensor, weight: Tensor) -> None:
     """Check an embedding against the first layer's weight_ih."""
     check_tensor(who, "embedding", embedding)
@@ -107,8 +113,7 @@ def check_table(who: str, embedding: Tensor, weight: Tensor) -> None:
         raise ValueError(
             f"{who}: embedding must be [V, D] with D = {D}, got {list(embedding.shape)}"
         )
-    if embedding.dtype != weight.dtype or embedding.device != weight.device:
-        what = "device" if embedding.dtype == weight.dtype else "dtype"
+    if what := _difference(embedding, weight):
         raise ValueError(
             f"{who}: embedding must have the weights' {what} {getattr(weight, what)}, "
             f"got {getattr(embedding, what)}"

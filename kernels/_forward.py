@@ -227,8 +227,6 @@ def launch(
     tile = _tiling.forward_tile(H, dtype, how, target, load)
     order = _tiling.pair_order(lengths, B, target, P)
     records = {"gates_ptr": gates, "cells_ptr": cells, "states_ptr": states}
-    # with ids, or beside the records' stores, nothing is gained
-    options = _tiling.all_registers(target) if ids is None and not store_records else {}
     kernel[(_tiling.cdiv(N, tile.sequences), P)](
         table_ptr=table,
         weight_ptr=weight,
@@ -265,7 +263,7 @@ def launch(
         STORE_OUTPUTS=store_outputs,
         num_warps=tile.num_warps,
         **how._asdict(),
-        **options,
+        **_tiling.forward_options(target, ids is not None, store_records),
     )
     if P == 1:
         return similarity, distance[0], vectors, outputs, gates, cells, states, peaks

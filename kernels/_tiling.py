@@ -142,11 +142,20 @@ def backward_tile(H: int, dtype: torch.dtype, how: Arithmetic, target: str, load
 
 
 def all_registers(target: str) -> dict[str, int]:
-    """Return what tells the compiler that a program may have all registers that there are."""
+    """Return what tells the compiler that a program may have all registers that there are.
+
+    Told to the backward kernels, and to the forward ones that `forward_options` names.
+    """
     # left alone it orders a step for the 64 or 128 with which one more program would fit, and waits
     # for more: 555 estimated clocks against 515 of the LSTM's backward with 8 sequences at block
     # 64, 882, 716 with 16; 519, 391 of the GRU's with 4; 342, 325 of inference without ids
     return {"maxnreg": 255} if target.startswith("sm_") else {}
+
+
+def forward_options(target: str, has_ids: bool, store_records: bool) -> dict[str, int]:
+    """Return what the compiler is told for the forward kernels on `target`, beside their tile."""
+    # with ids, or beside the records' stores, nothing is gained by more registers
+    return {} if has_ids or store_records else all_registers(target)
 
 
 def block_h(H: int) -> int:

@@ -434,9 +434,11 @@ def compile_job(job: Job) -> Any:
         **flags,
     }
     options = {"num_warps": job.tile.num_warps}
-    dense = not (flags.get("HAS_IDS", True) or flags.get("STORE_RECORDS", True))
-    if (backward or dense) and job.wide is None:
+    if backward and job.wide is None:
         options |= _tiling.all_registers(job.target)
+    elif "STORE_RECORDS" in flags and job.wide is None:
+        has_ids, store_records = flags["HAS_IDS"], flags["STORE_RECORDS"]
+        options |= _tiling.forward_options(job.target, has_ids, store_records)
     if job.wide is not None:
         types["weight_ptr"] = element
         constants |= {

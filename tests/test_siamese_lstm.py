@@ -184,15 +184,15 @@ def test_cases_reach_every_path(triton):
 
     target = _tiling.target_of(torch.device(DEVICE))
     hows = {case.dtype: _tiling.arithmetic(case.dtype, False, target) for case in CASES}
-    loads = {c: -(-2 * c.B // _tiling.multiprocessors(torch.device(DEVICE), target)) for c in CASES}
+    sizes = {case.B for case in (CASES if DEVICE == "cpu" else CASES + LARGE)}
+    lengths = {B: torch.ones(2 * B, device=DEVICE, dtype=torch.int64) for B in sizes}
+    loads = {c: _tiling.load_of(lengths[c.B], c.directions, target) for c in CASES}
     tiles = {_tiling.forward_tile(c.H, c.dtype, hows[c.dtype], target, loads[c]) for c in CASES}
     assert {tile.sequences for tile in tiles} == {4, 8} or DEVICE == "cuda"
     # where there is shared memory enough no weight is read every step
     assert {tile.stream for tile in tiles} <= {False, True}
     assert {tile.stream for tile in tiles} == {False, True} or target in ("sm_90", "sm_100")
     assert {tile.block_h for tile in tiles} == {32, 64, 128}
-    sizes = {case.B for case in (CASES if DEVICE == "cpu" else CASES + LARGE)}
-    lengths = {B: torch.ones(2 * B, device=DEVICE, dtype=torch.int64) for B in sizes}
     orders = [_tiling.pair_order(lengths[B], B, target) for B in sizes]
     assert {order is None for order in orders} == {False, True}
 
