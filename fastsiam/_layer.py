@@ -37,7 +37,7 @@ def prepare(
 
 
 def prepared_shapes(
-    R: int, weight_hh: Shape, dtype: torch.dtype, backend: str
+    R: int, weight_hh: Shape, dtype: torch.dtype, device: torch.device, backend: str
 ) -> tuple[tuple[Shape, torch.dtype], tuple[Shape, torch.dtype]]:
     """Return shape and dtype of both results of `prepare`, for R rows and weight_hh's shape."""
     P, rows, H = weight_hh
@@ -46,8 +46,8 @@ def prepared_shapes(
 
         table, weight = _packing.packed_shapes(R, H, dtype, P)
         return (table, _packing.table_dtype(dtype)), (weight, torch.int16)
-    computed = compute_dtype(dtype)
-    return ((P, R, 4 * H), computed), ((P, H, rows), computed)
+    table, weight = batched.prepared_shapes(R, P, rows, H, dtype, device)
+    return (table, compute_dtype(dtype)), (weight, compute_dtype(dtype))
 
 
 def saved_shapes(

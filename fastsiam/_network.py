@@ -24,6 +24,7 @@ class Prepared(NamedTuple):
     """Every row of an embedding projected, and the recurrent weights laid out, for one backend."""
 
     backend: str
+    cell: str
     table: Tensor
     weight: Tensor
 
@@ -112,22 +113,24 @@ def make_network(
     if prepared is not None and prepared.backend != choice.backend:
         prepared = None
     if prepared is not None:
-        _check_prepared(who, prepared, layers[0], dtype)
+        _check_prepared(who, prepared, cell, layers[0], dtype)
     return Network(
         cell, layers, dtype, pooling, dropout, backend, choice.backend, prepared, recompute
     )
 
 
 def _check_prepared(
-    who: str, prepared: Prepared, directions: Sequence[Weights], dtype: torch.dtype
+    who: str, prepared: Prepared, cell: str, directions: Sequence[Weights], dtype: torch.dtype
 ) -> None:
     """Refuse what was prepared for another network: nothing below looks at its shapes again."""
     stacked = (len(directions), *directions[0].weight_hh.shape)
-    _, (shape, _) = _layer.prepared_shapes(1, stacked, dtype, prepared.backend)
-    if prepared.weight.shape != shape or not prepared.weight.is_contiguous():
+    device = prepared.weight.device
+    _, (shape, _) = _layer.prepared_shapes(1, stacked, dtype, device, prepared.backend)
+    given = prepared.weight
+    if prepared.cell != cell or given.shape != shape or not given.is_contiguous():
         raise ValueError(
-            f"{who}: prepared must be what prepare returned for these weights, with a weight of "
-            f"{list(shape)}, got {list(prepared.weight.shape)}"
+            f"{who}: prepared must be what prepare returned for these weights, of {cell} with a "
+            f"weight of {list(shape)}, got one of {prepared.cell} with {list(given.shape)}"
         )
 
 

@@ -50,7 +50,7 @@ siamese_prepare = _operator("siamese_prepare", _layer.prepare)
 def _(
     x: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor | None, cell: str, backend: str
 ) -> tuple[Tensor, Tensor]:
-    table, weight = _layer.prepared_shapes(x.shape[0], weight_hh.shape, x.dtype, backend)
+    table, weight = _layer.prepared_shapes(x.shape[0], weight_hh.shape, x.dtype, x.device, backend)
     return x.new_empty(table[0], dtype=table[1]), x.new_empty(weight[0], dtype=weight[1])
 
 

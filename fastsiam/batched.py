@@ -46,16 +46,23 @@ def prepare(
     """Project the rows of x, [R, D], and lay the recurrent weights out for `infer`.
 
     Returns:
-        [P, R, 4H] and [P, H, 4H], for a GRU [P, H, 3H].
+        What `prepared_shapes` says.
     """
     how, dtype = CELLS[cell], compute_dtype(x.dtype)
+    if _compiled(x.device, dtype, weight_hh.shape[2]):
+        return compiled.prepare(x, weight_ih, weight_hh, bias, cell)
     weights = [how.recurrent_weight(weight.to(dtype)) for weight in weight_hh]
-    parts = [(part, _of(bias, p)) for p, part in enumerate(weight_ih)]
-    if _compiled(weights[0], weight_hh.shape[2]):
-        tables = [compiled.project(how, x, None, *part) for part in parts]
-    else:
-        tables = [project(how, x, *part) for part in parts]
+    tables = [project(how, x, part, _of(bias, p)) for p, part in enumerate(weight_ih)]
     return stack(tables), stack(weights)
+
+
+def prepared_shapes(
+    R: int, P: int, rows: int, H: int, dtype: torch.dtype, device: torch.device
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the shapes of both results of `prepare`, for R rows and a weight_hh [P, rows, H]."""
+    compiles = _compiled(device, compute_dtype(dtype), H)
+    weight = _steps.panels_shape(P, H, rows) if compiles else (P, H, rows)
+    return (P, R, 4 * H), weight
 
 
 def infer(
@@ -85,8 +92,8 @@ def infer(
         Vectors [N, P * H]; hidden states [N, T, P * H], zero behind a sequence's end, or empty.
     """
     how = CELLS[cell]
-    N, P, H = lengths.shape[0], *weight.shape[:2]
-    if _compiled(table, H):
+    N, P, H = lengths.shape[0], table.shape[0], table.shape[2] // 4
+    if _compiled(table.device, table.dtype, H):
         return compiled.infer(table, weight, ids, lengths, mask, steps, pooling, keep_outputs, cell)
     plan = schedule(lengths, steps, P)
     pool = Pool(table, N, P * H, steps, pooling, mask, plan, keep_outputs, peaks=False)
@@ -129,9 +136,9 @@ def forward(
     how = CELLS[cell]
     N, P, H = lengths.shape[0], weight_hh.shape[0], weight_hh.shape[2]
     like = x.new_empty(0, dtype=compute_dtype(x.dtype))
-    if _compiled(like, H):
-        of_layer = x, ids, lengths, mask, weight_ih, weight_hh
-        return compiled.forward(how, *of_layer, bias, steps, pooling, keep_outputs, cell, keep)
+    if _compiled(x.device, like.dtype, H):
+        of_layer = x, ids, lengths, mask, weight_ih, weight_hh, bias
+        return compiled.forward(*of_layer, steps, pooling, keep_outputs, cell, keep)
     plan = schedule(lengths, steps, P)
     # the packed rows come first; the rest is never touched, so it costs address space only
     M = N * steps if keep else 0
@@ -196,10 +203,10 @@ def backward(
     how = CELLS[cell]
     dtype = saved.gates.dtype
     N, P, H = lengths.shape[0], weight_hh.shape[0], weight_hh.shape[2]
-    if _compiled(saved.gates, H):
+    if _compiled(x.device, dtype, H):
         of_layer = x, ids, lengths, mask, weight_ih, weight_hh
         how_run = steps, pooling, need_dx, cell
-        return compiled.backward(how, dvectors, doutputs, *of_layer, saved, *how_run)
+        return compiled.backward(dvectors, doutputs, *of_layer, saved, *how_run)
     dx = saved.gates.new_zeros(x.shape if need_dx else 0)
     weights: list[tuple[Tensor, Tensor, Tensor]] = []
     plan = schedule(lengths, steps, P)
@@ -242,9 +249,9 @@ def backward(
     return dx, dweight_ih, dweight_hh, dbias
 
 
-def _compiled(states: Tensor, H: int) -> bool:
-    """Return whether the layers of such states are compiled."""
-    return not _steps.obstacle(states.device, states.dtype, H)
+def _compiled(device: torch.device, dtype: torch.dtype, H: int) -> bool:
+    """Return whether layers with states of this kind are compiled."""
+    return not _steps.obstacle(device, dtype, H)
 
 
 def _forward(

@@ -38,23 +38,13 @@ _BACKWARD = (4.0, 2.0, 2.0, 4.0)
 def project(x: Tensor, weight_ih: Tensor, bias: Tensor | None) -> Tensor:
     """Return the input gates of the rows of x, [R, D], as [R, 4H]."""
     rows = weight_ih.shape[0]
-    table = input_bias(bias, weight_ih).repeat(x.shape[0], 1)
-    table[:, :rows].addmm_(x, input_weight(weight_ih).T)
-    return table
-
-
-def input_weight(weight_ih: Tensor) -> Tensor:
-    """Return weight_ih, [3H, D], as `project` multiplies by it: for n, r, z."""
+    table = x.new_zeros(x.shape[0], rows // 3 * 4)
+    if bias is not None:
+        r, z, n, y = bias.chunk(4)
+        table += torch.cat((n * 2, r, z, y * 2))
     r, z, n = weight_ih.chunk(3)
-    return torch.cat((n * 2, r, z))
-
-
-def input_bias(bias: Tensor | None, like: Tensor) -> Tensor:
-    """Return the bias, [4H], as `project` adds it: zeros like the weight where there is none."""
-    if bias is None:
-        return like.new_zeros(like.shape[0] // 3 * 4)
-    r, z, n, y = bias.chunk(4)
-    return torch.cat((n * 2, r, z, y * 2))
+    table[:, :rows].addmm_(x, torch.cat((n * 2, r, z)).T)
+    return table
 
 
 def recurrent_weight(weight_hh: Tensor) -> Tensor:

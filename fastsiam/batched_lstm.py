@@ -32,17 +32,8 @@ _BACKWARD = (8.0, 2.0, 16.0, 2.0)
 
 def project(x: Tensor, weight_ih: Tensor, bias: Tensor | None) -> Tensor:
     """Return the input gates of the rows of x, [R, D], as [R, 4H]."""
-    return torch.addmm(input_bias(bias, weight_ih), x, input_weight(weight_ih).T)
-
-
-def input_weight(weight_ih: Tensor) -> Tensor:
-    """Return weight_ih, [4H, D], as `project` multiplies by it."""
-    return _scaled(weight_ih, _FORWARD)
-
-
-def input_bias(bias: Tensor | None, like: Tensor) -> Tensor:
-    """Return the bias, [4H], as `project` adds it: zeros like the weight where there is none."""
-    return like.new_zeros(like.shape[0]) if bias is None else _scaled(bias, _FORWARD)
+    weight = _scaled(weight_ih, _FORWARD).T
+    return x @ weight if bias is None else torch.addmm(_scaled(bias, _FORWARD), x, weight)
 
 
 def recurrent_weight(weight_hh: Tensor) -> Tensor:

@@ -235,7 +235,7 @@ def prepare(
                 cell,
                 network.backend,
             )
-    return Prepared(network.backend, table, weight)
+    return Prepared(network.backend, cell, table, weight)
 
 
 def _join(left: Tensor, right: Tensor) -> Tensor:

@@ -1,14 +1,21 @@
-// The layers of fastsiam/batched.py, compiled: float32, on a CPU. What a step computes, and the
-// scales of gates and states, are explained in fastsiam/batched_lstm.py and batched_gru.py.
+// The layers of fastsiam/batched.py, compiled: float32, on a CPU.
 //
 // Sequences do not need each other, so a tile of them, longest first, runs through all of its steps
 // before the next tile begins: its states stay in the first cache, the weights in the second. Threads
-// take the tiles one by one. A step reads the input gates of its tokens from a table; what a backward
-// needs lies in packed rows, tile after tile, and in a tile step after step.
+// take the tiles one by one. A step reads the input gates of its tokens from a table of all distinct
+// words of the batch (in scoring, of the vocabulary), by the row of the word. What a backward needs
+// lies in packed rows, tile after tile, and in a tile step after step. The backward goes through the
+// tiles in blocks, so that the gradients of the gates, from which those of the weights are made, are
+// still in a cache; the next block uses the same memory, or with several threads the one after it.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <exception>
+#include <memory>
+#include <new>
+#include <vector>
 #ifdef __AVX__
 #include <immintrin.h>
 #endif
@@ -29,7 +36,10 @@ constexpr int64_t PANEL = 2 * WIDTH;  // columns of a product that are worked on
 // rows: 6 x 2 sums, 2 vectors of columns and a factor, of 16 registers
 constexpr int64_t ROWS = 6;
 constexpr int64_t DEPTH = 64;         // terms of a sum over rows that are worked on at a time
-constexpr int64_t TILE = 24;          // most sequences in a tile
+constexpr int64_t BLOCK = 2048;       // packed rows that a block of a backward has at least
+// sequences in a tile; of few ones less, so that each thread gets some, unless the weights are too
+// many to be read for each tile
+constexpr int64_t TILE = 24, SMALL_TILE = 6, FEW = 256, NEAR_HIDDEN = 128;
 constexpr int64_t WORTH = 1000000;    // multiplications that are worth a thread
 
 typedef float Vector __attribute__((vector_size(4 * WIDTH)));
@@ -71,11 +81,11 @@ INLINE void add(const float* start, const Vector (&sum)[C], int64_t columns, flo
     for (int64_t j = 0; j < columns; j++) out[j] = start[j] + sums[j];
 }
 
-// out = start + a @ panel, for R rows and C vectors of columns from j on; `a` and `start` point to
-// rows, which may be anywhere.
+// out = start + a @ panel, for R rows and C vectors of columns from j on; `a`, `start` and `out` point
+// to rows, which may be anywhere.
 template <int R, int C>
 INLINE void multiply_block(const float* const* a, const float* panel, int64_t K,
-                           const float* const* start, int64_t j, float* out, int64_t stride_out,
+                           const float* const* start, int64_t j, float* const* out,
                            int64_t columns) {
     Vector sums[R][C] = {};
     for (int64_t k = 0; k < K; k++) {
@@ -89,41 +99,40 @@ INLINE void multiply_block(const float* const* a, const float* panel, int64_t K,
             for (int c = 0; c < C; c++) sums[r][c] += a[r][k] * right[c];
     }
 #pragma GCC unroll 8
-    for (int r = 0; r < R; r++) add(&start[r][j], sums[r], columns, &out[r * stride_out + j]);
+    for (int r = 0; r < R; r++) add(&start[r][j], sums[r], columns, &out[r][j]);
 }
 
 template <int C>
 void multiply_panel(const float* const* a, int64_t rows, const float* panel, int64_t K,
-                    const float* const* start, int64_t j, float* out, int64_t stride_out,
-                    int64_t columns) {
-    for (; rows >= ROWS; rows -= ROWS, a += ROWS, start += ROWS, out += ROWS * stride_out)
-        multiply_block<ROWS, C>(a, panel, K, start, j, out, stride_out, columns);
+                    const float* const* start, int64_t j, float* const* out, int64_t columns) {
+    for (; rows >= ROWS; rows -= ROWS, a += ROWS, start += ROWS, out += ROWS)
+        multiply_block<ROWS, C>(a, panel, K, start, j, out, columns);
     switch (rows) {
-        case 5: return multiply_block<5, C>(a, panel, K, start, j, out, stride_out, columns);
-        case 4: return multiply_block<4, C>(a, panel, K, start, j, out, stride_out, columns);
-        case 3: return multiply_block<3, C>(a, panel, K, start, j, out, stride_out, columns);
-        case 2: return multiply_block<2, C>(a, panel, K, start, j, out, stride_out, columns);
-        case 1: return multiply_block<1, C>(a, panel, K, start, j, out, stride_out, columns);
+        case 5: return multiply_block<5, C>(a, panel, K, start, j, out, columns);
+        case 4: return multiply_block<4, C>(a, panel, K, start, j, out, columns);
+        case 3: return multiply_block<3, C>(a, panel, K, start, j, out, columns);
+        case 2: return multiply_block<2, C>(a, panel, K, start, j, out, columns);
+        case 1: return multiply_block<1, C>(a, panel, K, start, j, out, columns);
     }
 }
 
 // out = start + a @ right: [rows, K] by [K, N].
 void multiply(const float* const* a, int64_t rows, const Panels& right, const float* const* start,
-              float* out, int64_t stride_out) {
+              float* const* out) {
     for (int64_t j = 0; j < right.N; j += PANEL) {
         const float* panel = &right.data[j * right.K];
         int64_t columns = least(PANEL, right.N - j);
         if (columns > WIDTH)
-            multiply_panel<2>(a, rows, panel, right.K, start, j, out, stride_out, columns);
+            multiply_panel<2>(a, rows, panel, right.K, start, j, out, columns);
         else
-            multiply_panel<1>(a, rows, panel, right.K, start, j, out, stride_out, columns);
+            multiply_panel<1>(a, rows, panel, right.K, start, j, out, columns);
     }
 }
 
-// out += a.T @ panel, for R columns of `a`, [K, M], and C vectors of columns.
+// out += a.T @ panel, for R columns of `a`, [K, .], and C vectors of columns.
 template <int R, int C>
-INLINE void accumulate_block(const float* a, int64_t M, const float* panel, int64_t K, float* out,
-                             int64_t stride_out, int64_t columns) {
+INLINE void accumulate_block(const float* a, int64_t stride_a, const float* panel, int64_t K,
+                             float* out, int64_t stride_out, int64_t columns) {
     Vector sums[R][C] = {};
     for (int64_t k = 0; k < K; k++) {
         Vector right[C];
@@ -132,7 +141,7 @@ INLINE void accumulate_block(const float* a, int64_t M, const float* panel, int6
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
-            for (int c = 0; c < C; c++) sums[r][c] += a[k * M + r] * right[c];
+            for (int c = 0; c < C; c++) sums[r][c] += a[k * stride_a + r] * right[c];
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
@@ -140,17 +149,16 @@ INLINE void accumulate_block(const float* a, int64_t M, const float* panel, int6
 }
 
 template <int C>
-void accumulate_panel(const float* a, int64_t M, const float* panel, int64_t K, float* out,
-                      int64_t stride_out, int64_t columns) {
-    int64_t m = M;
-    for (; m >= ROWS; m -= ROWS, a += ROWS, out += ROWS * stride_out)
-        accumulate_block<ROWS, C>(a, M, panel, K, out, stride_out, columns);
-    switch (m) {
-        case 5: return accumulate_block<5, C>(a, M, panel, K, out, stride_out, columns);
-        case 4: return accumulate_block<4, C>(a, M, panel, K, out, stride_out, columns);
-        case 3: return accumulate_block<3, C>(a, M, panel, K, out, stride_out, columns);
-        case 2: return accumulate_block<2, C>(a, M, panel, K, out, stride_out, columns);
-        case 1: return accumulate_block<1, C>(a, M, panel, K, out, stride_out, columns);
+void accumulate_panel(const float* a, int64_t M, int64_t stride_a, const float* panel, int64_t K,
+                      float* out, int64_t stride_out, int64_t columns) {
+    for (; M >= ROWS; M -= ROWS, a += ROWS, out += ROWS * stride_out)
+        accumulate_block<ROWS, C>(a, stride_a, panel, K, out, stride_out, columns);
+    switch (M) {
+        case 5: return accumulate_block<5, C>(a, stride_a, panel, K, out, stride_out, columns);
+        case 4: return accumulate_block<4, C>(a, stride_a, panel, K, out, stride_out, columns);
+        case 3: return accumulate_block<3, C>(a, stride_a, panel, K, out, stride_out, columns);
+        case 2: return accumulate_block<2, C>(a, stride_a, panel, K, out, stride_out, columns);
+        case 1: return accumulate_block<1, C>(a, stride_a, panel, K, out, stride_out, columns);
     }
 }
 
@@ -185,15 +193,15 @@ struct BitsOf<float> {
     typedef uint32_t type;
 };
 
-// 1 / (1 + exp(-x)): a power of two, times a polynomial for 2^f, f between -1/2 and 1/2, whose
-// relative error is at most 2e-9.
-template <class Float>
+// 1 / (1 + exp(-FACTOR * x)): a power of two, times a polynomial for 2^f, f between -1/2 and 1/2,
+// whose relative error is at most 2e-9.
+template <int FACTOR = 1, class Float>
 INLINE Float sigmoid(Float x) {
     // past these, exp leaves float32's range; a NaN passes
-    x = higher(Float{} - 87.0f, lower(Float{} + 87.0f, x));
+    x = higher(Float{} - 87.0f / FACTOR, lower(Float{} + 87.0f / FACTOR, x));
     // of a number near 3 * 2^22 the lowest bits are the nearest integer
-    Float shifted = x * -1.44269504f + 12582912.0f;
-    Float rest = x * -1.44269504f - (shifted - 12582912.0f);
+    Float shifted = x * (-1.44269504f * FACTOR) + 12582912.0f;
+    Float rest = x * (-1.44269504f * FACTOR) - (shifted - 12582912.0f);
     Float series = rest * 1.53458118e-4f + 1.33999314e-3f;
     series = series * rest + 9.61848896e-3f;
     series = series * rest + 5.55032878e-2f;
@@ -206,6 +214,12 @@ INLINE Float sigmoid(Float x) {
     Float power;
     std::memcpy(&power, &bits, sizeof power);
     return 1.0f / (series * power + 1.0f);
+}
+
+// A third of the work of one of its own.
+template <class Float>
+INLINE Float tanh_of(Float x) {
+    return 2.0f * sigmoid<2>(x) - 1.0f;
 }
 
 // Does Work for all H units of a row, a Vector at a time; the last Vector overlaps the one before, and
@@ -223,7 +237,9 @@ INLINE void for_units(int64_t H, Rows... rows) {
 }
 
 struct Lstm {
-    static constexpr int64_t SKIPPED = 0;  // gates before those that h has a part in
+    // Gates before those that h has a part in. In PyTorch's order, which is otherwise the one here,
+    // they stand behind these.
+    static constexpr int64_t SKIPPED = 0;
 
     template <class Float>
     struct Forward {
@@ -232,10 +248,10 @@ struct Lstm {
         INLINE Forward(int64_t H, int64_t j, float* gates, float* /* h */, float* before)
             : i(sigmoid(load<Float>(&gates[j]))),
               f(sigmoid(load<Float>(&gates[H + j]))),
-              g(sigmoid(load<Float>(&gates[2 * H + j])) - 0.5f),
+              g(tanh_of(load<Float>(&gates[2 * H + j]))),
               o(sigmoid(load<Float>(&gates[3 * H + j]))) {
-            c = f * load<Float>(&before[j]) + 4.0f * i * g;
-            h = o * (sigmoid(c) - 0.5f);
+            c = f * load<Float>(&before[j]) + i * g;
+            h = o * tanh_of(c);
         }
 
         INLINE void write(int64_t H, int64_t j, float* gates, float* to_h, float* to_c) const {
@@ -257,12 +273,12 @@ struct Lstm {
             const Float i = load<Float>(&gates[j]), f = load<Float>(&gates[H + j]),
                         g = load<Float>(&gates[2 * H + j]), o = load<Float>(&gates[3 * H + j]),
                         c = load<Float>(&before[j]), dh = load<Float>(&of_h[j]);
-            const Float s = sigmoid<Float>(f * c + 4.0f * i * g);
-            const Float d = load<Float>(&of_c[j]) + dh * (s - s * s) * o;
+            const Float t = tanh_of<Float>(f * c + i * g);
+            const Float d = load<Float>(&of_c[j]) + dh * (1.0f - t * t) * o;
             di = (i - i * i) * g * d;
             df = (f - f * f) * c * d;
-            dg = (0.25f - g * g) * i * d;
-            d_o = (o - o * o) * (s - 0.5f) * dh;
+            dg = (1.0f - g * g) * i * d;
+            d_o = (o - o * o) * t * dh;
             dc = d * f;
         }
 
@@ -278,6 +294,8 @@ struct Lstm {
     };
 };
 
+// With y, the state's part of gate n, as a gate of its own: n, r, z, y. What comes from x is the first
+// three, what is multiplied with h the last three.
 struct Gru {
     static constexpr int64_t SKIPPED = 1;
 
@@ -288,7 +306,7 @@ struct Gru {
         INLINE Forward(int64_t H, int64_t j, float* gates, float* before, float* /* c */)
             : r(sigmoid(load<Float>(&gates[H + j]))), z(sigmoid(load<Float>(&gates[2 * H + j]))) {
             const Float y = load<Float>(&gates[3 * H + j]);
-            n = sigmoid<Float>(load<Float>(&gates[j]) + r * y) - 0.5f;
+            n = tanh_of<Float>(load<Float>(&gates[j]) + r * y);
             h = n + z * (load<Float>(&before[j]) - n);
         }
 
@@ -310,7 +328,7 @@ struct Gru {
                         z = load<Float>(&gates[2 * H + j]), y = load<Float>(&gates[3 * H + j]),
                         h = load<Float>(&before[j]);
             dh = load<Float>(&of_h[j]);
-            dn = (0.25f - n * n) * (1.0f - z) * dh;
+            dn = (1.0f - n * n) * (1.0f - z) * dh;
             dy = dn * r;
             dr = dy * y * (1.0f - r);
             dz = (h - n) * z * (1.0f - z) * dh;
@@ -328,107 +346,253 @@ struct Gru {
     };
 };
 
+// Those that a weight has.
+template <class Cell>
+constexpr int64_t GATES = 4 - Cell::SKIPPED;
+
+enum Pooling { LAST, MAX, MASK };
+
 }  // namespace
 
-// One direction of a layer over a batch; _steps.py has the same fields. What is not wanted is null.
+// A layer over a batch; _steps.py has the same fields. What is not wanted, or not there, is null. The
+// weights, one set a direction, are PyTorch's: G is 4H, of a GRU 3H.
 struct Layer {
-    int64_t H, N, T;
-    int64_t columns;         // from one row of vectors, outputs, peaks or dvectors to the next
-    int64_t turned;          // whether sequences are read from their last token to their first
+    int64_t P, N, T, H, D;
+    int64_t R;               // rows of x, or of the table
     int64_t pooling;         // a Pooling
     int64_t threads;         // at most
-    int64_t tile;            // sequences in a tile, at most TILE
-    const int64_t* lengths;  // [N] 0 <= length <= T
-    const int64_t* order;    // [N] sequences, longest first
-    const int64_t* starts;   // [tiles + 1] packed row where each tile begins and the last one ends
-    const float* panels;     // of the recurrent weight
-    float* work;             // [threads, tile * 7H] for what a thread keeps of a tile
-    // forward
-    int64_t R;              // rows of the table
-    const float* table;     // [R, 4H]
-    const int64_t* ids;     // [N, T]; null: each packed row has a row of its own
-    const int64_t* places;  // row of each id; null: the id itself
-    const float* mask;      // [N, T]
-    float* vectors;         // [N, H]
-    float* outputs;         // [N, T, H]
-    int32_t* peaks;         // [N, H] step of the maximum, in own time
+    const int64_t* lengths;  // [N]; one that is not from 0 to T counts as the nearest of these
+    const int64_t* ids;      // [N, T] rows of x, or of the table; null: row n * T + t
+    const float* mask;       // [N, T]
+    const float* x;          // [R, D]
+    const float* weight_ih;  // [P, G, D]
+    const float* weight_hh;  // [P, G, H]
+    const float* bias;       // [P, 4H]
+    // what `prepare` makes of x and the weights, and a forward takes in place of them
+    float* table;   // [P, R, 4H]
+    float* panels;  // [P, ...] of weight_hh
+    // out
+    float* vectors;  // [N, P * H]
+    float* outputs;  // [N, T, P * H], comes as zeros
+    int32_t* peaks;  // [N, P * H] step of the maximum, in own time; comes as zeros
     // what a backward needs, in packed rows
-    float* gates;     // [., 4H]
-    float* before_h;  // [., H]
-    float* before_c;  // [., H]
+    float* gates;     // [P, N * T, 4H]
+    float* before_h;  // [P, N * T, H]
+    float* before_c;  // [P, N * T, H]
     // backward
-    int64_t count;          // of blocks, whose gradients of gates are summed up together
-    const int64_t* blocks;  // [count + 1] tile where each block begins and the last one ends
-    int64_t largest;        // packed rows of a block
-    const int64_t* rows;    // [M] row of the table that each packed token has; null: its own
-    const float* dvectors;  // [N, H]
-    const float* upstream;  // [M, H] what else reaches each h
-    float* dgates;          // [2, largest, 4H] of two blocks, where there are `rows`
-    float* dtable;          // [R, 4H] out: what the rows of the table get
-    float* h_by_gates;      // [H, 4H] out, comes as zeros: product of states and gradients of gates
+    const float* dvectors;  // [N, P * H]
+    const float* doutputs;  // [N, T, P * H]
+    float* dx;              // [R, D], comes as zeros
+    float* dweight_ih;
+    float* dweight_hh;
+    float* dbias;
 };
 
 namespace {
 
-enum Pooling { LAST, MAX, MASK };
+constexpr std::align_val_t CACHE_LINE{64};
 
-constexpr float UNIT = 2.0f;  // true size of a unit of h
+struct Release {
+    void operator()(void* memory) const { ::operator delete(memory, CACHE_LINE); }
+};
+using Floats = std::unique_ptr<float[], Release>;
 
-int64_t tiles(const Layer& layer) { return (layer.N + layer.tile - 1) / layer.tile; }
-
-int threads_for(const Layer& layer) {
-    const int64_t count = tiles(layer);
-    if (!count) return 1;
-    int64_t worth = 1 + layer.starts[count] * layer.H * layer.H * 4 / WORTH;
-    return static_cast<int>(least(layer.threads, least(count, worth)));
+// Memory that is not cleared.
+Floats floats(int64_t size) {
+    return Floats(static_cast<float*>(::operator new(size * sizeof(float), CACHE_LINE)));
 }
 
-// What a thread of a parallel region has of `layer.work`.
-float* own_work(const Layer& layer) {
-    int64_t thread = 0;
-#ifdef _OPENMP
-    thread = omp_get_thread_num();
-#endif
-    return &layer.work[thread * layer.tile * 7 * layer.H];
-}
-
-// Where the token of a sequence stands that is read at a step in own time.
-int64_t position(const Layer& layer, int64_t sequence, int64_t step) {
-    int64_t column = layer.turned ? layer.lengths[sequence] - 1 - step : step;
-    return sequence * layer.T + column;
-}
-
-// The sequences of a tile, and how many of them run at a step.
-struct Tile {
+// The sequences in tiles, longest first, and their tokens as one direction has them packed.
+struct Batch {
     const Layer& layer;
-    const int64_t* order;
-    int64_t count;
+    const int64_t p;
+    const int64_t tile;  // sequences in one
+    const int64_t tiles;
+    std::vector<int64_t> lengths;  // [N]
+    std::vector<int64_t> order;    // [N] sequences
+    std::vector<int64_t> starts;   // [tiles + 1] packed row where each begins and the last one ends
+    std::vector<int64_t> tokens;   // [M] n * T + t
 
-    Tile(const Layer& layer, int64_t number)
+    Batch(const Layer& layer, int64_t p)
         : layer(layer),
-          order(&layer.order[number * layer.tile]),
-          count(least(layer.tile, layer.N - number * layer.tile)) {}
+          p(p),
+          tile(layer.N <= FEW && layer.H <= NEAR_HIDDEN ? SMALL_TILE : TILE),
+          tiles((layer.N + tile - 1) / tile),
+          lengths(layer.lengths, layer.lengths + layer.N),
+          order(layer.N) {
+        const int64_t N = layer.N, T = layer.T;
+        // equal ones as they came
+        std::vector<int64_t> place(T + 2);
+        for (int64_t& length : lengths) {
+            length = std::clamp<int64_t>(length, 0, T);
+            place[T - length + 1]++;
+        }
+        for (int64_t t = 1; t <= T; t++) place[t] += place[t - 1];
+        for (int64_t n = 0; n < N; n++) order[place[T - lengths[n]]++] = n;
+        int64_t row = 0;
+        for (int64_t n = 0; n < N; n++) {
+            if (n % tile == 0) starts.push_back(row);
+            row += lengths[order[n]];
+        }
+        starts.push_back(row);
+        tokens.reserve(row);
+        for (int64_t number = 0; number < tiles; number++)
+            for (int64_t step = 0, count; (count = alive(number, step)); step++)
+                for (int64_t n = 0; n < count; n++)
+                    tokens.push_back(position(order[number * tile + n], step));
+    }
 
-    int64_t length(int64_t n) const { return layer.lengths[order[n]]; }
+    int64_t size() const { return tokens.size(); }
 
-    int64_t alive(int64_t step) const {
-        int64_t n = count;
-        while (n && length(n - 1) <= step) n--;
+    // Sequences of a tile.
+    int64_t sequences(int64_t number) const { return least(tile, layer.N - number * tile); }
+
+    // Those of them that have a token at a step.
+    int64_t alive(int64_t number, int64_t step) const {
+        const int64_t* first = &order[number * tile];
+        int64_t n = sequences(number);
+        while (n && lengths[first[n - 1]] <= step) n--;
         return n;
+    }
+
+    // Where the token of a sequence stands that is read at a step in own time.
+    int64_t position(int64_t sequence, int64_t step) const {
+        return sequence * layer.T + (p ? lengths[sequence] - 1 - step : step);
+    }
+
+    int threads() const {
+        int64_t worth = 1 + size() * layer.H * layer.H * 4 / WORTH;
+        return static_cast<int>(std::max<int64_t>(1, least(layer.threads, least(tiles, worth))));
     }
 };
 
-void pool(const Layer& layer, const float* h, int64_t sequence, int64_t step, float* pooled) {
-    const int64_t H = layer.H;
-    if (layer.outputs) {
-        float* to = &layer.outputs[position(layer, sequence, step) * layer.columns];
-        for (int64_t j = 0; j < H; j++) to[j] = h[j] * UNIT;
+// The rows of x that a batch reads, and which of these each packed token has.
+struct Words {
+    const int64_t* x = nullptr;     // [count] ascending, or as packed
+    const int64_t* rows = nullptr;  // [M]; null: its own
+    int64_t count = 0;
+    bool exist = true;  // all of them, in x
+
+    explicit Words(const Batch& batch) : x(batch.tokens.data()), count(batch.size()) {
+        const int64_t R = batch.layer.R, *ids = batch.layer.ids;
+        if (!ids) return;
+        of_tokens.reserve(count);
+        for (int64_t token : batch.tokens) of_tokens.push_back(ids[token]);
+        for (int64_t id : of_tokens) exist = exist && id >= 0 && id < R;
+        rows = of_tokens.data();
+        if (batch.layer.table || !exist) return;
+        if (R > 64 * count) {
+            distinct = of_tokens;
+            std::sort(distinct.begin(), distinct.end());
+            distinct.erase(std::unique(distinct.begin(), distinct.end()), distinct.end());
+            for (int64_t& id : of_tokens)
+                id = std::lower_bound(distinct.begin(), distinct.end(), id) - distinct.begin();
+        } else {
+            std::vector<int64_t> place(R);
+            for (int64_t id : of_tokens) place[id] = 1;
+            for (int64_t id = 0; id < R; id++)
+                if (place[id]) {
+                    place[id] = distinct.size();
+                    distinct.push_back(id);
+                }
+            for (int64_t& id : of_tokens) id = place[id];
+        }
+        x = distinct.data();
+        count = distinct.size();
     }
+
+   private:
+    std::vector<int64_t> of_tokens, distinct;
+};
+
+// The row of PyTorch's weights whose gate stands at n here.
+template <class Cell>
+int64_t theirs(int64_t n, int64_t H) {
+    const int64_t G = GATES<Cell> * H, first = Cell::SKIPPED * H;
+    return n < first ? n + G - first : n < G ? n - first : n;
+}
+
+int64_t size_of_panels(int64_t K, int64_t N) { return (N + PANEL - 1) / PANEL * PANEL * K; }
+
+// Lays the matrix of rows `row(k)` out as Panels.
+template <class Row>
+void lay_out_rows(int64_t K, int64_t N, Row row, float* to) {
+    for (int64_t j = 0; j < N; j += PANEL)
+        for (int64_t k = 0; k < K; k++, to += PANEL)
+            for (int64_t i = 0; i < PANEL; i++) to[i] = j + i < N ? row(k)[j + i] : 0.0f;
+}
+
+// Lays the matrix of columns `column(n)` out as Panels.
+template <class Column>
+void lay_out_columns(int64_t K, int64_t N, Column column, float* to) {
+    for (int64_t j = 0; j < N; j += PANEL) {
+        const float* from[PANEL];
+        // behind the last column any will do
+        for (int64_t i = 0; i < PANEL; i++) from[i] = column(least(j + i, N - 1));
+        for (int64_t k = 0; k < K; k++, to += PANEL)
+            for (int64_t i = 0; i < PANEL; i++) to[i] = from[i][k];
+    }
+}
+
+// What a step of direction p multiplies h with.
+template <class Cell>
+void lay_out_recurrent(const Layer& layer, int64_t p, float* panels) {
+    const int64_t H = layer.H, G = GATES<Cell> * H;
+    const float* weight = &layer.weight_hh[p * G * H];
+    lay_out_columns(H, G, [&](int64_t n) { return &weight[n * H]; }, panels);
+}
+
+struct Rows {
+    const float *left, *start;
+    float* out;
+};
+
+// out = start + left @ right, for as many `rows(m)` of these.
+template <class RowsOf>
+void multiply_rows(int64_t count, const Panels& right, int64_t threads, RowsOf rows) {
+    const int64_t parts = (count + TILE - 1) / TILE;
+    threads = least(threads, least(parts, 1 + count * right.K * right.N / WORTH));
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t part = 0; part < parts; part++) {
+        const int64_t first = part * TILE, some = least(TILE, count - first);
+        const float *left[TILE], *start[TILE];
+        float* out[TILE];
+        for (int64_t m = 0; m < some; m++) {
+            const Rows each = rows(first + m);
+            left[m] = each.left;
+            start[m] = each.start;
+            out[m] = each.out;
+        }
+        multiply(left, some, right, start, out);
+    }
+}
+
+// out [count, 4H]: what rows of x add to the gates of direction p. Without `rows`, the first ones.
+template <class Cell>
+void project(const Layer& layer, int64_t p, int64_t count, const int64_t* rows, float* out) {
+    const int64_t H = layer.H, D = layer.D, G = GATES<Cell> * H;
+    const float* weight = &layer.weight_ih[p * G * D];
+    const Floats panels = floats(size_of_panels(D, G)), bias = floats(4 * H);
+    lay_out_columns(D, G, [&](int64_t n) { return &weight[theirs<Cell>(n, H) * D]; }, panels.get());
+    for (int64_t n = 0; n < 4 * H; n++)
+        bias[n] = layer.bias ? layer.bias[p * 4 * H + theirs<Cell>(n, H)] : 0.0f;
+    multiply_rows(count, {panels.get(), D, G}, layer.threads, [&](int64_t w) {
+        float* to = &out[w * 4 * H];
+        for (int64_t n = G; n < 4 * H; n++) to[n] = bias[n];
+        return Rows{&layer.x[(rows ? rows[w] : w) * D], bias.get(), to};
+    });
+}
+
+void pool(const Batch& batch, int64_t sequence, int64_t step, const float* h, float* pooled) {
+    const Layer& layer = batch.layer;
+    const int64_t H = layer.H, columns = layer.P * H, token = batch.position(sequence, step);
+    if (layer.outputs)
+        std::memcpy(&layer.outputs[token * columns + batch.p * H], h, H * sizeof(float));
     if (layer.pooling == MASK) {
-        const float weight = layer.mask[position(layer, sequence, step)];
+        const float weight = layer.mask[token];
         for (int64_t j = 0; j < H; j++) pooled[j] += weight * h[j];
     } else if (layer.pooling == MAX) {
-        int32_t* peaks = layer.peaks ? &layer.peaks[sequence * layer.columns] : nullptr;
+        int32_t* peaks = layer.peaks ? &layer.peaks[sequence * columns + batch.p * H] : nullptr;
         for (int64_t j = 0; j < H; j++) {
             bool higher = h[j] > pooled[j];
             if (peaks && higher) peaks[j] = static_cast<int32_t>(step);
@@ -438,89 +602,117 @@ void pool(const Layer& layer, const float* h, int64_t sequence, int64_t step, fl
     }
 }
 
+// Adds what reaches h from outside the recurrence, unless it does so after the last step alone.
+void add_upstream(const Batch& batch, int64_t sequence, int64_t step, float* dh) {
+    const Layer& layer = batch.layer;
+    const int64_t H = layer.H, columns = layer.P * H, token = batch.position(sequence, step);
+    const int64_t at = sequence * columns + batch.p * H;
+    if (layer.doutputs)
+        for (int64_t j = 0; j < H; j++) dh[j] += layer.doutputs[token * columns + batch.p * H + j];
+    if (!layer.dvectors) return;
+    const float* dv = &layer.dvectors[at];
+    if (layer.pooling == MASK) {
+        const float weight = layer.mask[token];
+        for (int64_t j = 0; j < H; j++) dh[j] += weight * dv[j];
+    } else if (layer.pooling == MAX) {
+        for (int64_t j = 0; j < H; j++) dh[j] += layer.peaks[at + j] == step ? dv[j] : 0.0f;
+    }
+}
+
+// What a thread has of memory of so many floats each.
+float* own(const Floats& work, int64_t size) {
+    int64_t thread = 0;
+#ifdef _OPENMP
+    thread = omp_get_thread_num();
+#endif
+    return &work[thread * size];
+}
+
 // `work` has a tile's states and what is pooled, 3H, and its gates, 4H.
 template <class Cell>
-void forward_tile(const Layer& layer, int64_t number, float* work) {
-    const Tile tile(layer, number);
-    const int64_t H = layer.H, size = layer.tile * H;
-    const Panels right = {layer.panels, H, (4 - Cell::SKIPPED) * H};
+void forward_tile(const Batch& batch, const int64_t* table_rows, const float* table,
+                  const Panels& right, int64_t number, float* work) {
+    const Layer& layer = batch.layer;
+    const int64_t H = layer.H, size = batch.tile * H, kept = batch.p * layer.N * layer.T;
+    const int64_t *sequences = &batch.order[number * batch.tile], count = batch.sequences(number);
     float *h = work, *c = h + size, *pooled = c + size;
-    const float* states[TILE];
-    for (int64_t n = 0; n < tile.count; n++) states[n] = &h[n * H];
     for (int64_t i = 0; i < size; i++) {
         h[i] = c[i] = 0.0f;
         pooled[i] = layer.pooling == MAX ? -INFINITY : 0.0f;
     }
-    int64_t row = layer.starts[number];
-    for (int64_t step = 0, rows; (rows = tile.alive(step)); row += rows, step++) {
-        float* gates = layer.gates ? &layer.gates[row * 4 * H] : work + 3 * size;
-        const float* start[TILE];
+    int64_t row = batch.starts[number];
+    for (int64_t step = 0, rows; (rows = batch.alive(number, step)); row += rows, step++) {
+        float* gates = layer.gates ? &layer.gates[(kept + row) * 4 * H] : work + 3 * size;
+        const float *states[TILE], *start[TILE];
+        float* to[TILE];
         for (int64_t n = 0; n < rows; n++) {
-            int64_t from = row + n;
-            if (layer.ids) from = layer.ids[position(layer, tile.order[n], step)];
-            if (layer.places) from = layer.places[from];
-            start[n] = &layer.table[from * 4 * H];
+            const float* from = &table[(table_rows ? table_rows[row + n] : row + n) * 4 * H];
+            states[n] = &h[n * H];
+            start[n] = &from[Cell::SKIPPED * H];
+            to[n] = &gates[(n * 4 + Cell::SKIPPED) * H];
             // at the first step h is 0
-            int64_t copied = step ? Cell::SKIPPED * H : 4 * H;
-            std::memcpy(&gates[n * 4 * H], start[n], copied * sizeof(float));
-            start[n] += Cell::SKIPPED * H;
+            const int64_t copied = step ? Cell::SKIPPED * H : 4 * H;
+            std::memcpy(&gates[n * 4 * H], from, copied * sizeof(float));
         }
-        if (layer.before_h) std::memcpy(&layer.before_h[row * H], h, rows * H * sizeof(float));
-        if (layer.before_c) std::memcpy(&layer.before_c[row * H], c, rows * H * sizeof(float));
-        if (step) multiply(states, rows, right, start, &gates[Cell::SKIPPED * H], 4 * H);
+        if (layer.before_h)
+            std::memcpy(&layer.before_h[(kept + row) * H], h, rows * H * sizeof(float));
+        if (layer.before_c)
+            std::memcpy(&layer.before_c[(kept + row) * H], c, rows * H * sizeof(float));
+        if (step) multiply(states, rows, right, start, to);
         for (int64_t n = 0; n < rows; n++) {
             for_units<Cell::template Forward>(H, &gates[n * 4 * H], &h[n * H], &c[n * H]);
-            pool(layer, &h[n * H], tile.order[n], step, &pooled[n * H]);
+            pool(batch, sequences[n], step, &h[n * H], &pooled[n * H]);
         }
     }
     const float* found = layer.pooling == LAST ? h : pooled;
-    for (int64_t n = 0; n < tile.count; n++)
+    for (int64_t n = 0; n < count; n++)
         for (int64_t j = 0; j < H; j++) {
-            float value = found[n * H + j];
-            layer.vectors[tile.order[n] * layer.columns + j] =
-                value == -INFINITY ? 0.0f : value * UNIT;
+            const float value = found[n * H + j];
+            layer.vectors[(sequences[n] * layer.P + batch.p) * H + j] =
+                value == -INFINITY ? 0.0f : value;
         }
 }
 
 // `work` has a tile's gradients of states, 2H; `dgates` begins with the packed row `begin`.
 template <class Cell>
-void backward_tile(const Layer& layer, int64_t number, int64_t begin, float* dgates, float* work) {
-    const Tile tile(layer, number);
-    const int64_t H = layer.H, size = layer.tile * H;
-    const Panels right = {layer.panels, (4 - Cell::SKIPPED) * H, H};
-    float *dh = work, *dc = dh + size;
-    for (int64_t n = 0; n < tile.count; n++)
+void backward_tile(const Batch& batch, const Panels& right, int64_t number, int64_t begin,
+                   float* dgates, float* work) {
+    const Layer& layer = batch.layer;
+    const int64_t H = layer.H, kept = batch.p * layer.N * layer.T;
+    const int64_t *sequences = &batch.order[number * batch.tile], count = batch.sequences(number);
+    const bool reaches_last = layer.dvectors && layer.pooling == LAST;
+    float *dh = work, *dc = dh + batch.tile * H;
+    for (int64_t n = 0; n < count; n++)
         for (int64_t j = 0; j < H; j++) {
             dc[n * H + j] = 0.0f;
             // waits until the steps, coming from behind, reach the sequence's last one
             dh[n * H + j] =
-                layer.dvectors ? layer.dvectors[tile.order[n] * layer.columns + j] : 0.0f;
+                reaches_last ? layer.dvectors[(sequences[n] * layer.P + batch.p) * H + j] : 0.0f;
         }
-    int64_t row = layer.starts[number + 1];
-    for (int64_t step = tile.length(0); step-- > 0;) {
-        const int64_t rows = tile.alive(step);
+    int64_t row = batch.starts[number + 1];
+    for (int64_t step = batch.lengths[sequences[0]]; step-- > 0;) {
+        const int64_t rows = batch.alive(number, step);
         row -= rows;
         const float *start[TILE], *left[TILE];
+        float* to[TILE];
         for (int64_t n = 0; n < rows; n++) {
-            start[n] = &dh[n * H];
-            float* to = &dgates[(row - begin + n) * 4 * H];
-            left[n] = &to[Cell::SKIPPED * H];
-            if (layer.upstream)
-                for (int64_t j = 0; j < H; j++)
-                    dh[n * H + j] += layer.upstream[(row + n) * H + j];
+            float* own_dgates = &dgates[(row - begin + n) * 4 * H];
+            left[n] = &own_dgates[Cell::SKIPPED * H];
+            start[n] = to[n] = &dh[n * H];
+            add_upstream(batch, sequences[n], step, to[n]);
             for_units<Cell::template Backward>(
-                H, &layer.gates[(row + n) * 4 * H], &layer.before_h[(row + n) * H],
-                layer.before_c ? &layer.before_c[(row + n) * H] : nullptr, to, &dh[n * H],
+                H, &layer.gates[(kept + row + n) * 4 * H], &layer.before_h[(kept + row + n) * H],
+                layer.before_c ? &layer.before_c[(kept + row + n) * H] : nullptr, own_dgates, to[n],
                 &dc[n * H]);
         }
-        if (step) multiply(left, rows, right, start, dh, H);
+        if (step) multiply(left, rows, right, start, to);
     }
 }
 
-// out += a.T @ b[rows], for the columns of one panel, from j on: a [K, M], b [., N], and K at most
-// DEPTH. Without `rows`, b in order.
-void accumulate_columns(int64_t K, int64_t M, int64_t N, int64_t j, const float* a, const float* b,
-                        const int64_t* rows, float* out) {
+// out += a.T @ b[rows], for the columns of one panel, from j on: a [K, .], of which M columns count,
+// b [., N], and K at most DEPTH. Without `rows`, b in order.
+void accumulate_columns(int64_t K, int64_t M, int64_t N, int64_t j, const float* a, int64_t stride_a,
+                        const float* b, const int64_t* rows, float* out) {
     float panel[DEPTH * PANEL];
     const int64_t columns = least(PANEL, N - j);
     for (int64_t k = 0; k < K; k++) {
@@ -532,9 +724,9 @@ void accumulate_columns(int64_t K, int64_t M, int64_t N, int64_t j, const float*
                 panel[k * PANEL + i] = i < columns ? row[i] : 0.0f;
     }
     if (columns > WIDTH)
-        accumulate_panel<2>(a, M, panel, K, &out[j], N, columns);
+        accumulate_panel<2>(a, M, stride_a, panel, K, &out[j], N, columns);
     else
-        accumulate_panel<1>(a, M, panel, K, &out[j], N, columns);
+        accumulate_panel<1>(a, M, stride_a, panel, K, &out[j], N, columns);
 }
 
 // out[rows[k]] += a[k] for all K rows of `a`, [K, M], in order: columns from j on.
@@ -547,171 +739,205 @@ void scatter_columns(int64_t K, int64_t M, int64_t j, int64_t columns, const flo
     }
 }
 
-}  // namespace
-
-// What _steps.py asks before it calls anything else: goes up with every change of an argument.
-extern "C" int64_t version() { return 3; }
-extern "C" int64_t panel() { return PANEL; }
-
-// Lays `weight`, [K, N] with these strides, out as Panels.
-extern "C" void lay_out(int64_t K, int64_t N, int64_t stride_k, int64_t stride_n,
-                        const float* weight, float* panels) {
-    for (int64_t j = 0; j < N; j += PANEL, panels += K * PANEL)
-        for (int64_t i = 0; i < PANEL; i++) {
-            const float* column = &weight[(j + i) * stride_n];
-            for (int64_t k = 0; k < K; k++)
-                panels[k * PANEL + i] = j + i < N ? column[k * stride_k] : 0.0f;
-        }
-}
-
-// Orders the sequences longest first, equal ones as they came, and finds where each tile begins.
-// `place` [T + 2] comes as zeros.
-extern "C" void order(int64_t N, int64_t T, int64_t tile, const int64_t* lengths, int64_t* place,
-                      int64_t* order, int64_t* starts) {
-    for (int64_t n = 0; n < N; n++) place[T - lengths[n] + 1]++;
-    for (int64_t t = 1; t <= T; t++) place[t] += place[t - 1];
-    for (int64_t n = 0; n < N; n++) order[place[T - lengths[n]]++] = n;
-    int64_t row = 0;
-    for (int64_t n = 0; n < N; n++) {
-        if (n % tile == 0) *starts++ = row;
-        row += lengths[order[n]];
+// Cuts the tiles into equal parts of about BLOCK packed rows; returns where these begin and the last
+// one ends.
+std::vector<int64_t> blocks_of(const Batch& batch) {
+    const int64_t total = batch.size(), count = std::max<int64_t>(1, total / BLOCK);
+    std::vector<int64_t> blocks = {0};
+    for (int64_t last = 1, part = 0; last <= batch.tiles; last++) {
+        const int64_t end = batch.starts[last];
+        if (end == batch.starts[blocks.back()] || end * count < total * (part + 1)) continue;
+        blocks.push_back(last);
+        part = end * count / total;
     }
-    *starts = row;
+    return blocks;
 }
 
-// Finds the distinct ids of all tokens, `words` in ascending order, and the `places` [R] that they
-// have there. Returns their number, or -1 where an id is not from 0 to R - 1.
-extern "C" int64_t distinct(int64_t N, int64_t T, int64_t R, const int64_t* lengths,
-                            const int64_t* ids, int64_t* places, int64_t* words) {
-    std::memset(places, 0, R * sizeof(int64_t));
-    for (int64_t n = 0; n < N; n++)
-        for (int64_t t = 0; t < lengths[n]; t++) {
-            int64_t id = ids[n * T + t];
-            if (id < 0 || id >= R) return -1;
-            places[id] = 1;
-        }
-    int64_t count = 0;
-    for (int64_t id = 0; id < R; id++)
-        if (places[id]) {
-            words[count] = id;
-            places[id] = count++;
-        }
-    return count;
-}
-
-// Lists the tokens as packed: their positions n * T + t, and their rows where there are ids.
-extern "C" void pack(const Layer* layer, int64_t* tokens, int64_t* rows) {
-    for (int64_t number = 0; number < tiles(*layer); number++) {
-        const Tile tile(*layer, number);
-        for (int64_t step = 0, alive; (alive = tile.alive(step)); step++)
-            for (int64_t n = 0; n < alive; n++) {
-                *tokens = position(*layer, tile.order[n], step);
-                if (rows) *rows++ = layer->places[layer->ids[*tokens]];
-                tokens++;
-            }
-    }
-}
-
-// out [W, M] = x[rows] @ right + bias: `right` [D, N] in panels. Of the M columns those behind the
-// product's N get the bias alone. Without `rows`, all of x in order.
-extern "C" void project(int64_t W, int64_t D, int64_t N, int64_t M, int64_t threads, const float* x,
-                        const int64_t* rows, const float* panels, const float* bias, float* out) {
-    const Panels right = {panels, D, N};
-    const int64_t parts = (W + TILE - 1) / TILE;
-    threads = least(threads, least(parts, 1 + W * D * N / WORTH));
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t part = 0; part < parts; part++) {
-        const int64_t from = part * TILE, count = least(TILE, W - from);
-        const float *left[TILE], *start[TILE];
-        for (int64_t w = 0; w < count; w++) {
-            left[w] = &x[(rows ? rows[from + w] : from + w) * D];
-            start[w] = bias;
-            for (int64_t j = N; j < M; j++) out[(from + w) * M + j] = bias[j];
-        }
-        multiply(left, count, right, start, &out[from * M], M);
-    }
-}
-
-// out [M, N] = a.T @ b[rows]: a [K, M]. Without `rows`, all of b in order. Each sum has one order of
-// additions, whatever the number of threads.
-extern "C" void sum_products(int64_t K, int64_t M, int64_t N, int64_t threads, const float* a,
-                             const float* b, const int64_t* rows, float* out) {
-    const int64_t panels = (N + PANEL - 1) / PANEL;
-    threads = least(threads, least(panels, 1 + K * M * N / WORTH));
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t thread = 0; thread < threads; thread++) {
-        const int64_t first = panels * thread / threads, last = panels * (thread + 1) / threads;
-        const int64_t columns = least(last * PANEL, N) - first * PANEL;
-        for (int64_t m = 0; m < M; m++)
-            std::memset(&out[m * N + first * PANEL], 0, columns * sizeof(float));
-        for (int64_t from = 0; from < K; from += DEPTH)
-            for (int64_t p = first; p < last; p++)
-                accumulate_columns(least(DEPTH, K - from), M, N, p * PANEL, &a[from * M],
-                                   rows ? b : &b[from * N], rows ? &rows[from] : nullptr, out);
-    }
-}
-
-// Returns whether all ids were rows of the table; if not, nothing was done.
+// Runs the steps back: dtable [count, 4H], what reaches each word's input gates, and h_by_gates
+// [H, 4H], the product of the states before the tokens and the gradients of the gates.
+//
+// Threads wait for each other once a block: while some are still at the sums of one, the others begin
+// with the tiles of the next, whose gradients are in the other half of the memory.
 template <class Cell>
-bool forward(const Layer& layer) {
-    if (layer.ids && !layer.places)
-        for (int64_t n = 0; n < layer.N; n++)
-            for (int64_t step = 0; step < layer.lengths[n]; step++) {
-                int64_t id = layer.ids[n * layer.T + step];
-                if (id < 0 || id >= layer.R) return false;
-            }
-    [[maybe_unused]] const int threads = threads_for(layer);
+void backward_steps(const Batch& batch, const Words& words, float* dtable, float* h_by_gates) {
+    const Layer& layer = batch.layer;
+    const int64_t H = layer.H, G = 4 * H, K = GATES<Cell> * H;
+    const float* weight = &layer.weight_hh[batch.p * K * H];
+    const Floats panels = floats(size_of_panels(K, H));
+    lay_out_rows(K, H, [&](int64_t k) { return &weight[k * H]; }, panels.get());
+    const Panels right = {panels.get(), K, H};
+    const std::vector<int64_t> blocks = blocks_of(batch);
+    int64_t largest = 0;
+    for (size_t block = 1; block < blocks.size(); block++)
+        largest = std::max(largest,
+                           batch.starts[blocks[block]] - batch.starts[blocks[block - 1]]);
+    const Floats two_blocks = floats(words.rows ? 2 * largest * G : 0);
+    const float* before_h = &layer.before_h[batch.p * layer.N * layer.T * H];
+    const int threads = batch.threads();
+    const Floats work = floats(threads * batch.tile * 2 * H);
+    const int64_t parts = (G + PANEL - 1) / PANEL;
+    // columns of a row of the table for which a thread adds the gradients up
+    const int64_t share = (G + threads - 1) / threads, shares = words.rows ? threads : 0;
+    std::fill_n(h_by_gates, H * G, 0.0f);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        float* work = own_work(layer);
-        // the long ones come first
+        if (words.rows)
+#pragma omp for schedule(static)
+            for (int64_t row = 0; row < words.count; row++)
+                std::memset(&dtable[row * G], 0, G * sizeof(float));
+        for (size_t block = 1; block < blocks.size(); block++) {
+            const int64_t first = blocks[block - 1], last = blocks[block];
+            const int64_t begin = batch.starts[first], size = batch.starts[last] - begin;
+            const int64_t half = threads > 1 ? block % 2 : 0;
+            float* dgates =
+                words.rows ? &two_blocks[half * largest * G] : &dtable[begin * G];
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t number = 0; number < tiles(layer); number++)
-            forward_tile<Cell>(layer, number, work);
+            for (int64_t number = first; number < last; number++)
+                backward_tile<Cell>(batch, right, number, begin, dgates,
+                                    own(work, batch.tile * 2 * H));
+#pragma omp for schedule(dynamic, 1) nowait
+            for (int64_t part = 0; part < parts + shares; part++)
+                if (part < parts)
+                    // this way round more of the registers are filled
+                    for (int64_t from = 0; from < size; from += DEPTH)
+                        accumulate_columns(least(DEPTH, size - from), H, G, part * PANEL,
+                                           &before_h[(begin + from) * H], H, &dgates[from * G],
+                                           nullptr, h_by_gates);
+                else if (int64_t j = (part - parts) * share; j < G)
+                    scatter_columns(size, G, j, least(share, G - j), dgates, &words.rows[begin],
+                                    dtable);
+        }
+    }
+}
+
+// The gradients of weight_ih and bias. Each sum has one order of additions, whatever the number of
+// threads.
+template <class Cell>
+void gradients_of_input(const Layer& layer, int64_t p, const Words& words, const float* dtable) {
+    const int64_t H = layer.H, D = layer.D, M = GATES<Cell> * H, K = words.count;
+    float *of_weight = &layer.dweight_ih[p * M * D], *of_bias = &layer.dbias[p * 4 * H];
+    std::fill_n(of_weight, M * D, 0.0f);
+    std::fill_n(of_bias, 4 * H, 0.0f);
+    float ones[DEPTH];
+    std::fill_n(ones, DEPTH, 1.0f);
+    const int64_t of_x = (D + PANEL - 1) / PANEL, parts = of_x + (4 * H + PANEL - 1) / PANEL;
+    [[maybe_unused]] const int threads = least(layer.threads, 1 + K * M * D / WORTH);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t part = 0; part < parts; part++)
+        for (int64_t from = 0; from < K; from += DEPTH) {
+            const float* rows = &dtable[from * 4 * H];
+            const int64_t some = least(DEPTH, K - from);
+            if (part < of_x)
+                accumulate_columns(some, M, D, part * PANEL, rows, 4 * H, layer.x, &words.x[from],
+                                   of_weight);
+            else
+                accumulate_columns(some, 1, 4 * H, (part - of_x) * PANEL, ones, 1, rows, nullptr,
+                                   of_bias);
+        }
+    // to PyTorch's order
+    std::rotate(of_weight, of_weight + Cell::SKIPPED * H * D, of_weight + M * D);
+    std::rotate(of_bias, of_bias + Cell::SKIPPED * H, of_bias + M);
+}
+
+// Adds to the rows of dx what the direction's `words` get.
+template <class Cell>
+void gradient_of_x(const Layer& layer, int64_t p, const Words& words, const float* dtable) {
+    const int64_t H = layer.H, D = layer.D, K = GATES<Cell> * H;
+    const float* weight = &layer.weight_ih[p * K * D];
+    const Floats panels = floats(size_of_panels(K, D));
+    lay_out_rows(K, D, [&](int64_t k) { return &weight[theirs<Cell>(k, H) * D]; }, panels.get());
+    multiply_rows(words.count, {panels.get(), K, D}, layer.threads, [&](int64_t w) {
+        float* dx = &layer.dx[words.x[w] * D];
+        return Rows{&dtable[w * 4 * H], dx, dx};
+    });
+}
+
+template <class Cell>
+bool prepare(const Layer& layer) {
+    for (int64_t p = 0; p < layer.P; p++) {
+        project<Cell>(layer, p, layer.R, nullptr, &layer.table[p * layer.R * 4 * layer.H]);
+        lay_out_recurrent<Cell>(
+            layer, p,
+            &layer.panels[p * size_of_panels(layer.H, GATES<Cell> * layer.H)]);
     }
     return true;
 }
 
-// Threads wait for each other once a block: while some are still at the sums of one, the others
-// begin with the tiles of the next, whose gradients are in the other half of `dgates`.
 template <class Cell>
-void backward(const Layer& layer) {
-    const int64_t H = layer.H, G = 4 * H, panels = (G + PANEL - 1) / PANEL;
-    const int threads = threads_for(layer);
-    // columns of a row of the table for which a thread adds the gradients up
-    const int64_t share = (G + threads - 1) / threads, shares = layer.rows ? threads : 0;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        float* work = own_work(layer);
-        if (layer.rows)
-#pragma omp for schedule(static)
-            for (int64_t row = 0; row < layer.R; row++)
-                std::memset(&layer.dtable[row * G], 0, G * sizeof(float));
-        for (int64_t block = 0; block < layer.count; block++) {
-            const int64_t first = layer.blocks[block], last = layer.blocks[block + 1];
-            const int64_t begin = layer.starts[first], size = layer.starts[last] - begin;
-            const int64_t half = threads > 1 ? block % 2 : 0;
-            float* dgates = layer.rows ? &layer.dgates[half * layer.largest * G]
-                                       : &layer.dtable[begin * G];
-#pragma omp for schedule(dynamic, 1)
-            for (int64_t number = first; number < last; number++)
-                backward_tile<Cell>(layer, number, begin, dgates, work);
-#pragma omp for schedule(dynamic, 1) nowait
-            for (int64_t part = 0; part < panels + shares; part++)
-                if (part < panels)
-                    // this way round more of the registers are filled
-                    for (int64_t from = 0; from < size; from += DEPTH)
-                        accumulate_columns(least(DEPTH, size - from), H, G, part * PANEL,
-                                           &layer.before_h[(begin + from) * H], &dgates[from * G],
-                                           nullptr, layer.h_by_gates);
-                else if (int64_t j = (part - panels) * share; j < G)
-                    scatter_columns(size, G, j, least(share, G - j), dgates,
-                                    &layer.rows[begin], layer.dtable);
+bool forward(const Layer& layer) {
+    const int64_t H = layer.H, G = GATES<Cell> * H, of_panels = size_of_panels(H, G);
+    for (int64_t p = 0; p < layer.P; p++) {
+        const Batch batch(layer, p);
+        const Words words(batch);
+        if (!words.exist) return false;
+        const int64_t* rows = words.rows;
+        Floats own_table, own_panels;
+        const float *table, *panels;
+        if (layer.table) {
+            table = &layer.table[p * layer.R * 4 * H];
+            panels = &layer.panels[p * of_panels];
+            if (!rows) rows = words.x;
+        } else {
+            own_table = floats(words.count * 4 * H);
+            own_panels = floats(of_panels);
+            project<Cell>(layer, p, words.count, words.x, own_table.get());
+            lay_out_recurrent<Cell>(layer, p, own_panels.get());
+            table = own_table.get();
+            panels = own_panels.get();
         }
+        const Panels right = {panels, H, G};
+        const int threads = batch.threads();
+        const Floats work = floats(threads * batch.tile * 7 * H);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+        {
+            // the long ones come first
+#pragma omp for schedule(dynamic, 1)
+            for (int64_t number = 0; number < batch.tiles; number++)
+                forward_tile<Cell>(batch, rows, table, right, number,
+                                   own(work, batch.tile * 7 * H));
+        }
+    }
+    return true;
+}
+
+template <class Cell>
+bool backward(const Layer& layer) {
+    const int64_t H = layer.H, G = 4 * H, K = GATES<Cell> * H;
+    for (int64_t p = 0; p < layer.P; p++) {
+        const Batch batch(layer, p);
+        const Words words(batch);
+        if (!words.exist) return false;
+        const Floats dtable = floats(words.count * G), h_by_gates = floats(H * G);
+        backward_steps<Cell>(batch, words, dtable.get(), h_by_gates.get());
+        gradients_of_input<Cell>(layer, p, words, dtable.get());
+        for (int64_t k = 0; k < K; k++)
+            for (int64_t j = 0; j < H; j++)
+                layer.dweight_hh[(p * K + k) * H + j] = h_by_gates[j * G + Cell::SKIPPED * H + k];
+        if (layer.dx) gradient_of_x<Cell>(layer, p, words, dtable.get());
+    }
+    return true;
+}
+
+// What _steps.py makes errors of.
+enum Outcome : int64_t { DONE, ID_OUT_OF_RANGE, OUT_OF_MEMORY };
+
+Outcome outcome(bool (*work)(const Layer&), const Layer* layer) {
+    try {
+        return work(*layer) ? DONE : ID_OUT_OF_RANGE;
+    } catch (const std::exception&) {  // of new, or of a vector past what an address can count
+        return OUT_OF_MEMORY;
     }
 }
 
-extern "C" bool lstm_forward(const Layer* layer) { return forward<Lstm>(*layer); }
-extern "C" bool gru_forward(const Layer* layer) { return forward<Gru>(*layer); }
-extern "C" void lstm_backward(const Layer* layer) { backward<Lstm>(*layer); }
-extern "C" void gru_backward(const Layer* layer) { backward<Gru>(*layer); }
+}  // namespace
+
+// What _steps.py asks before it calls anything else: goes up with every change of an argument.
+extern "C" int64_t version() { return 4; }
+extern "C" int64_t panel() { return PANEL; }
+
+extern "C" int64_t lstm_prepare(const Layer* layer) { return outcome(prepare<Lstm>, layer); }
+extern "C" int64_t lstm_forward(const Layer* layer) { return outcome(forward<Lstm>, layer); }
+extern "C" int64_t lstm_backward(const Layer* layer) { return outcome(backward<Lstm>, layer); }
+extern "C" int64_t gru_prepare(const Layer* layer) { return outcome(prepare<Gru>, layer); }
+extern "C" int64_t gru_forward(const Layer* layer) { return outcome(forward<Gru>, layer); }
+extern "C" int64_t gru_backward(const Layer* layer) { return outcome(backward<Gru>, layer); }
