@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from fastsiam.cli_exit import EXIT_CODES, exit_codes
-from fastsiam.cli_options import AsJson, Columns, ModelFolder, ScoreRange, split_columns
+from fastsiam.cli_options import AsJson, Columns, Device, ModelFolder, ScoreRange, split_columns
 from fastsiam.cli_screen import print_metrics
 from fastsiam.model import TextSiamese
 from fastsiam.text.datasets import read_pairs
@@ -25,6 +25,7 @@ def evaluate_command(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Scored pairs.")],
     columns: Columns = None,
     score_range: ScoreRange = None,
+    device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare a model with the scores of a file.
@@ -35,7 +36,7 @@ def evaluate_command(
         pairs = read_pairs(
             file, columns=split_columns(columns, "LEFT,RIGHT,SCORE"), score_range=score_range
         )
-        result = evaluate(TextSiamese.from_pretrained(folder), pairs)
+        result = evaluate(TextSiamese.from_pretrained(folder, device), pairs)
         if as_json:
             values = asdict(result.metrics)
             # the reason is there only where a correlation is null
@@ -63,6 +64,7 @@ def similarity_command(
     folder: ModelFolder,
     left: Annotated[str, typer.Argument(metavar="SENTENCE")],
     right: Annotated[str, typer.Argument(metavar="SENTENCE")],
+    device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Score two sentences.
@@ -70,7 +72,7 @@ def similarity_command(
     Printed are the similarity, from 0 to 1, and the score on the scale of the training pairs.
     """
     with exit_codes():
-        model = TextSiamese.from_pretrained(folder)
+        model = TextSiamese.from_pretrained(folder, device)
         similarity = model.similarity(left, right)
         score, (low, high) = model.to_score(similarity), model.score_range
         encoded = model.vocabulary.encode([left, right], model.max_len)
