@@ -368,7 +368,7 @@ struct Layer {
     const float* weight_ih;  // [P, G, D]
     const float* weight_hh;  // [P, G, H]
     const float* bias;       // [P, 4H]
-    // what `prepare` makes of x and the weights, and a forward takes in place of them
+    // what `prepare` makes of x and the weights, and a forward with panels takes in place of them
     float* table;   // [P, R, 4H]
     float* panels;  // [P, ...] of weight_hh
     // out
@@ -480,7 +480,7 @@ struct Words {
         for (int64_t token : batch.tokens) of_tokens.push_back(ids[token]);
         for (int64_t id : of_tokens) exist = exist && id >= 0 && id < R;
         rows = of_tokens.data();
-        if (batch.layer.table || !exist) return;
+        if (batch.layer.panels || !exist) return;
         if (R > 64 * count) {
             distinct = of_tokens;
             std::sort(distinct.begin(), distinct.end());
@@ -873,7 +873,7 @@ bool forward(const Layer& layer) {
         const int64_t* rows = words.rows;
         Floats own_table, own_panels;
         const float *table, *panels;
-        if (layer.table) {
+        if (layer.panels) {
             table = &layer.table[p * layer.R * 4 * H];
             panels = &layer.panels[p * of_panels];
             if (!rows) rows = words.x;
