@@ -114,7 +114,7 @@ clean:
 
 # the stamp is written last, so an interrupted set-up is taken up again;
 # torch comes first and alone, because the rest asks for whatever torch is there
-$(VENV)/.made-%: pyproject.toml setup.py constraints.txt kernels/steps.cpp kernels/steps_avx512.cpp
+$(VENV)/.made-%: pyproject.toml setup.py constraints.txt $(wildcard kernels/cpu/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "fastsiam needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) --version 2>&1); pass another: make PYTHON=python3.12" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)

@@ -1,8 +1,9 @@
-"""What pyproject.toml cannot hold: where fastsiam.kernels lies, and the flags of its C++ file."""
+"""What pyproject.toml cannot hold: where fastsiam.kernels lies, and the flags of its C++ files."""
 
 import platform
 import sys
 import sysconfig
+from pathlib import Path
 
 from setuptools import Extension, setup
 
@@ -27,8 +28,8 @@ setup(
         # plain libraries for ctypes; without a compiler fastsiam does without them
         Extension(
             f"fastsiam._compiled_steps{name}",
-            sources=[f"kernels/steps{name}.cpp"],
-            depends=["kernels/steps.cpp"],
+            sources=[f"kernels/cpu/steps{name}.cpp"],
+            depends=[str(file) for file in Path("kernels/cpu").iterdir()],
             extra_compile_args=FLAGS + flags + OPENMP,
             extra_link_args=OPENMP,
             py_limited_api=STABLE,

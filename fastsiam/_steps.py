@@ -1,4 +1,4 @@
-"""The compiled library of kernels/steps.cpp, where this installation has it.
+"""The compiled library of kernels/cpu, where this installation has it.
 
 It takes float32 on a CPU; `batched` runs tensor operations for all else, and where no C++ compiler
 was found when fastsiam was installed. What its functions do and take is told there.
@@ -17,12 +17,12 @@ from torch import Tensor
 
 # above it a call with few sequences copies and reads more weights than it computes with
 MAX_HIDDEN = 512
-# the interface, as in steps.cpp
+# the interface, as in kernels/cpu/steps.cpp
 VERSION = 4
 
 _POOLINGS = {"last": 0, "max": 1, "mask": 2}
 
-# fields of steps.cpp's Layer
+# fields of Layer in kernels/cpu/batch.h
 _SIZES = ("P", "N", "T", "H", "D", "R", "pooling", "threads")
 _TENSORS = (
     *("lengths", "ids", "mask", "x", "weight_ih", "weight_hh", "bias", "table", "panels"),
@@ -34,7 +34,7 @@ _FOLDER = Path(__file__).parent
 
 
 class _Layer(ctypes.Structure):
-    """What steps.cpp calls Layer."""
+    """What kernels/cpu/batch.h calls Layer."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in _SIZES),
@@ -112,7 +112,7 @@ def run(
     Args:
         what: "prepare", "forward" or "backward".
         cell: "lstm" or "gru".
-        P, N, T, H, D, R, pooling, tensors: the fields of steps.cpp's Layer; tensors without gaps,
+        P, N, T, H, D, R, pooling, tensors: the fields of Layer; tensors without gaps,
             float32 but for lengths and ids, int64, and peaks, int32.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The "torch" backend's layers where they are compiled: float32 on a CPU, kernels/steps.cpp.
+"""The "torch" backend's layers where they are compiled: float32 on a CPU, kernels/cpu.
 
 What it computes is told in `batched`, whose functions these are.
 """

@@ -112,7 +112,7 @@ def test_sdist_holds_one_copy_of_the_kernels(checkout, built):
     python = {name for name in names if name.endswith(".py")}
     expected = {name.replace("fastsiam/kernels/", "kernels/") for name in sources(checkout)}
     assert python == expected | {"setup.py"}
-    assert {"kernels/steps.cpp", "kernels/steps_avx512.cpp"} <= set(names)
+    assert {f"kernels/cpu/{file.name}" for file in (ROOT / "kernels/cpu").iterdir()} <= set(names)
     assert {"LICENSE", "README.md", "CHANGELOG.md", "constraints.txt"} <= set(names)
 
 
