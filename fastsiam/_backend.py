@@ -60,17 +60,16 @@ def resolve_backend(
         raise ValueError(f"{who}: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend not in ("auto", "triton"):
         return Choice(backend, "named by the caller")
-    obstacle = _triton_obstacle(device, dtype, H)
     if backend == "triton":
         if not HAS_TRITON:
             raise ImportError(
                 f"{who}: backend 'triton' needs the package triton, which is not installed; "
                 "pip install triton (Linux), or pass backend='torch'"
             )
-        if obstacle:
+        if obstacle := _triton_obstacle(device, dtype, H):
             raise ValueError(f"{who}: {obstacle}; pass backend='torch'")
         return Choice("triton", "named by the caller")
-    choice = _by_rule(device, obstacle, otherwise)
+    choice = _by_rule(device, dtype, H, otherwise)
     row = None if call is None or choice.backend == "lstm" else nearest(machine, call)
     if row is not None and row.other == choice.backend:
         return _by_measurement(choice, row)
@@ -89,11 +88,11 @@ def _by_measurement(choice: Choice, row: Row) -> Choice:
     return Choice(choice.backend, f"{choice.reason}; {row}")
 
 
-def _by_rule(device: torch.device, obstacle: str, otherwise: str) -> Choice:
-    """Return what "auto" takes without a measurement; `obstacle` is what keeps triton away."""
+def _by_rule(device: torch.device, dtype: torch.dtype, H: int, otherwise: str) -> Choice:
+    """Return what "auto" takes without a measurement."""
     if device.type != "cuda":
         return Choice("torch", f"inputs are on {device.type}, and triton's kernels run on cuda")
-    if obstacle:
+    if obstacle := _triton_obstacle(device, dtype, H):
         return Choice(otherwise, obstacle)
     if not HAS_TRITON:
         return Choice(otherwise, "triton is not installed")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -108,15 +109,14 @@ def make_network(
     layers = check_network(who, every, cell, bidirectional, pooling)
     if not 0 <= dropout < 1:
         raise ValueError(f"{who}: dropout must be at least 0 and below 1, got {dropout}")
-    choice = explain(weights, device, backend, cell=cell, who=who)
-    dtype = _computed_dtype(every[0].weight_hh)
-    if prepared is not None and prepared.backend != choice.backend:
+    weight = every[0].weight_hh
+    dtype = _computed_dtype(weight)
+    chosen = resolve_backend(who, backend, device, dtype, weight.shape[1]).backend
+    if prepared is not None and prepared.backend != chosen:
         prepared = None
     if prepared is not None:
         _check_prepared(who, prepared, cell, layers[0], dtype)
-    return Network(
-        cell, layers, dtype, pooling, dropout, backend, choice.backend, prepared, recompute
-    )
+    return Network(cell, layers, dtype, pooling, dropout, backend, chosen, prepared, recompute)
 
 
 def _check_prepared(
@@ -149,8 +149,9 @@ def run(
     else:
         embedding = embedding.to(network.dtype)
     network, steps = _fit(network, x, lengths)
-    x = x[:, :steps]
-    mask = None if mask is None else mask[:, :steps]
+    if steps < x.shape[1]:
+        x = x[:, :steps]
+        mask = None if mask is None else mask[:, :steps]
     pooling = network.pooling if mask is None else "mask"
     if pooling == "mean":
         pooling = "mask"
@@ -164,7 +165,7 @@ def run(
         layer_of = _plain_layer
         if network.recompute and torch.is_grad_enabled():
             layer_of = partial(checkpoint, _plain_layer, use_reentrant=False)
-    with torch.autocast(x.device.type, enabled=False):
+    with _without_autocast(x.device.type):
         for layer in network.layers[:-1]:
             states = layer_of(
                 network, layer, x, lengths, None, embedding, 1.0, "last", False, True
@@ -231,7 +232,8 @@ def _fit(network: Network, x: Tensor, lengths: Tensor) -> tuple[Network, int]:
             steps=max(longest, 1),
             filled=filled,
         )
-        network = network._replace(backend=choice.backend)
+        if choice.backend != network.backend:
+            network = network._replace(backend=choice.backend)
     # the other backends stop where a sequence stops by themselves
     return network, longest if network.backend == "lstm" else T
 
@@ -317,9 +319,11 @@ def _fused_layer(
 
 def allows_tf32(device: torch.device) -> bool:
     """Return whether float32 products of a recurrence may be rounded to tf32."""
+    if device.type != "cuda":
+        return False
     rnn = torch.backends.cudnn.rnn
     precision: str = rnn.fp32_precision  # type: ignore[attr-defined]
-    return device.type == "cuda" and precision == "tf32"
+    return precision == "tf32"
 
 
 def _plain_layer(
@@ -410,6 +414,12 @@ def _torch_states(
     else:
         states = torch.gru(x, state, *how)[0]
     return states if turned is None else states.gather(1, turned.expand_as(states))
+
+
+def _without_autocast(device: str) -> AbstractContextManager[object]:
+    """Turn autocast off where it is on: to enter and to leave it takes longer than to ask."""
+    on = torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if on else nullcontext()
 
 
 def _computed_dtype(weight: Tensor) -> torch.dtype:

@@ -28,8 +28,11 @@ def _operator(name: str, compute: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(compute)
     def on_its_device(*inputs: Any) -> Any:
+        like = next(each for each in inputs if isinstance(each, Tensor))
+        if not like.is_cuda:
+            return compute(*inputs)
         # Triton launches on the current device, whatever its tensors are on
-        with torch.cuda.device_of(next(each for each in inputs if isinstance(each, Tensor))):
+        with torch.cuda.device_of(like):
             return compute(*inputs)
 
     torch.library.impl(f"fastsiam::{name}", "default")(on_its_device)
