@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import itertools
 import math
 import os
 import warnings
@@ -333,7 +332,8 @@ class _Siamese(nn.Module):
         if table is None or torch.compiler.is_exporting():
             return None
         first_layer = weights[: 2 if self.bidirectional else 1]
-        tensors = [t for t in (table, *itertools.chain.from_iterable(first_layer)) if t is not None]
+        tensors = [t for direction in first_layer for t in direction if t is not None]
+        tensors.append(table)
         if not all(isinstance(t, nn.Parameter) for t in tensors):
             # computed for this call: the next one has others
             return None
@@ -345,7 +345,7 @@ class _Siamese(nn.Module):
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             # tensors without an address
             return None
-        return self._cache.get(first_layer, table, self.backend, self.cell)
+        return self._cache.get(tensors, first_layer, self.backend, self.cell)
 
     @classmethod
     def _from_torch(cls, network: nn.RNNBase, who: str, options: dict[str, Any]) -> Self:
@@ -487,36 +487,37 @@ class _PreparedCache:
     """
 
     def __init__(self) -> None:
-        # key, tensors, copies, result: in one piece, since another thread may come in between. The
-        # tensors only keep their memory, so that no other tensor has their addresses
-        self._kept: tuple[tuple[Any, ...], list[Tensor], list[Tensor], Prepared | None]
-        self._kept = ((), [], [], None)
+        # key, tensors, what is watched of them and its copies, result: in one piece, since another
+        # thread may come in between. The tensors keep their memory, so that no other tensor has
+        # their addresses
+        self._kept: tuple[list[Any], list[Tensor], list[Tensor], list[Tensor], Prepared | None]
+        self._kept = ([], [], [], [], None)
 
     def get(
-        self, directions: list[Weights], table: Tensor, backend: str, cell: str
+        self, tensors: list[Tensor], directions: list[Weights], backend: str, cell: str
     ) -> Prepared | None:
-        tensors = [t for weights in directions for t in weights if t is not None] + [table]
+        """Return what `functional.prepare` makes of a layer, whose tensors end with the table."""
+        table = tensors[-1]
         device = table.device.type
-        counted = not any(t.is_inference() for t in tensors)
-        if device != "cpu" and not counted:
-            # tensors made in inference mode have no version counter: nothing would show a change
-            return None
         autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-        key = (
-            backend,
-            autocast,
-            *((t.data_ptr(), t.shape, t.dtype, t.device) for t in tensors),
-            *(t._version for t in tensors if counted),
-        )
-        some = table[:: 1 + table.shape[0] // 10_000, 0]
-        watched = [*tensors[:-1], some] if device == "cpu" else []
-        known, _, copies, prepared = self._kept
+        key: list[Any] = [backend, autocast]
+        for t in tensors:
+            # tensors made in inference mode have no version counter
+            version = None if t.is_inference() else t._version
+            if version is None and device != "cpu":
+                # nothing would show a change
+                return None
+            key += (t.data_ptr(), t.shape, t.stride(), t.dtype, t.device, version)
+        known, _, watched, copies, prepared = self._kept
         if key != known or not all(map(_same_bytes, watched, copies)):
-            copies = [t.detach().clone() for t in watched]
+            kept = [t.detach() for t in tensors]
+            some = kept[-1][:: 1 + table.shape[0] // 10_000, 0]
+            watched = [*kept[:-1], some] if device == "cpu" else []
+            copies = [t.clone() for t in watched]
             prepared = functional.prepare(
                 directions, table, backend, cell=cell, bidirectional=len(directions) == 2
             )
-            self._kept = (key, [t.detach() for t in tensors], copies, prepared)
+            self._kept = (key, kept, watched, copies, prepared)
         return prepared
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _PreparedCache:
@@ -530,8 +531,7 @@ def _same_bytes(one: Tensor, other: Tensor) -> bool:
     """Compare CPU tensors of one shape and dtype: the C library is faster at it than PyTorch."""
     if _MEMCMP is None or not (one.is_contiguous() and other.is_contiguous()):
         return torch.equal(one, other)
-    size = one.numel() * one.element_size()
-    return not _MEMCMP(one.data_ptr(), other.data_ptr(), size)
+    return not _MEMCMP(one.data_ptr(), other.data_ptr(), one.nbytes)
 
 
 def _own_embedding(

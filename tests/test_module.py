@@ -570,6 +570,18 @@ def test_cache_follows_writes_through_data(name):
     torch.testing.assert_close(after, score(m, ids).detach())
 
 
+def test_cache_follows_a_weight_that_is_turned_round():
+    """In its place, by which address, shape, type and version stay the same."""
+    m = SiameseLSTM(4 * H, H, embedding=torch.randn(V, 4 * H), backend="torch", device="cpu")
+    ids = tuple(t.cpu() for t in draw_ids())
+    with torch.no_grad():
+        before = score(m, ids)
+        m.weight_ih_l0.data = m.weight_ih_l0.data.T
+        after = score(m, ids)
+    assert not torch.equal(after, before)
+    torch.testing.assert_close(after, score(m, ids).detach())
+
+
 @pytest.mark.parametrize("scored_before_the_step", [False, True])
 def test_cache_follows_fused_optimizers(scored_before_the_step):
     """They raise no version counter. Of so many rows the CPU compares every other one."""
