@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastsiam import _layer, _topk
 from fastsiam._packed import compute_dtype
@@ -26,18 +27,18 @@ def _operator(name: str, compute: Callable[..., Any]) -> Callable[..., Any]:
     schema = torch.library.infer_schema(compute, mutates_args=())
     torch.library.define(f"fastsiam::{name}", schema)
 
-    @functools.wraps(compute)
-    def on_its_device(*inputs: Any) -> Any:
-        like = next(each for each in inputs if isinstance(each, Tensor))
-        if not like.is_cuda:
-            return compute(*inputs)
-        # Triton launches on the current device, whatever its tensors are on
-        with torch.cuda.device_of(like):
-            return compute(*inputs)
-
-    torch.library.impl(f"fastsiam::{name}", "default")(on_its_device)
+    torch.library.impl(f"fastsiam::{name}", "default")(functools.partial(_on_its_device, compute))
     operator: Callable[..., Any] = getattr(torch.ops.fastsiam, name).default
     return operator
+
+
+def _on_its_device(compute: Callable[..., Any], *inputs: Any) -> Any:
+    """Call a function on its tensors' device: Triton launches on the current one."""
+    like = next(each for each in inputs if isinstance(each, Tensor))
+    if not like.is_cuda:
+        return compute(*inputs)
+    with torch.cuda.device_of(like):
+        return compute(*inputs)
 
 
 def _fake_of(name: str) -> Callable[[Fake], Fake]:
@@ -198,8 +199,10 @@ class _Siamese(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, keys: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        output = _below_autograd(siamese_fwd, keys, inputs)
+    def forward(
+        ctx: Any, compute: Callable[..., tuple[Tensor, ...]], *inputs: Any
+    ) -> tuple[Tensor, ...]:
+        output = compute(*inputs)
         tensors = inputs[:8]
         ctx.scale, ctx.steps, ctx.pooling, _, _, *ctx.how = inputs[8:]
         ctx.set_materialize_grads(False)
@@ -244,8 +247,10 @@ class _SiameseGradient(torch.autograd.Function):
     """Says of the gradient of `siamese_bwd` that there is none."""
 
     @staticmethod
-    def forward(_: Any, keys: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        return _below_autograd(siamese_bwd, keys, inputs)
+    def forward(
+        _: Any, compute: Callable[..., tuple[Tensor, ...]], *inputs: Any
+    ) -> tuple[Tensor, ...]:
+        return compute(*inputs)
 
     @staticmethod
     def backward(*_: Any) -> Any:
@@ -254,28 +259,39 @@ class _SiameseGradient(torch.autograd.Function):
         )
 
 
-def _below_autograd(operator: Any, keys: Any, inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
-    """Call an operator as it is registered for all devices, out of what it has for autograd."""
-    with torch._C._AutoDispatchBelowAutograd():
-        output: tuple[Tensor, ...] = operator.redispatch(
-            keys & torch._C._after_autograd_keyset, *inputs
-        )
-    return output
+# what is left of the keys of plain tensors below autograd: no mode, subclass or tracer among them
+_PLAIN = [
+    torch._C.DispatchKeySet(key).raw_repr()
+    for key in (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)
+]
 
 
-def _register_gradient(name: str, function: type[torch.autograd.Function]) -> None:
+def _register_gradient(
+    name: str, compute: Callable[..., Any], function: type[torch.autograd.Function]
+) -> None:
     """Let a function run in an operator's place where autograd looks on."""
+    redispatch = getattr(torch.ops.fastsiam, name).default.redispatch
+
+    def below(keys: Any, *inputs: Any) -> Any:
+        keys = keys & torch._C._after_autograd_keyset
+        with torch._C._AutoDispatchBelowAutograd():
+            if keys.raw_repr() in _PLAIN:
+                # the dispatcher would but call the same
+                return _on_its_device(compute, *inputs)
+            return redispatch(keys, *inputs)
 
     def apply(keys: Any, *inputs: Any) -> Any:
         if torch._C._are_functorch_transforms_active():
             _refuse_transform()
-        return function.apply(keys, *inputs)
+        if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+            return function.apply(functools.partial(below, keys), *inputs)
+        return below(keys, *inputs)
 
     _LIBRARY.impl(name, apply, "Autograd", with_keyset=True)
 
 
-_register_gradient("siamese_fwd", _Siamese)
-_register_gradient("siamese_bwd", _SiameseGradient)
+_register_gradient("siamese_fwd", _layer.forward, _Siamese)
+_register_gradient("siamese_bwd", _layer.backward, _SiameseGradient)
 
 
 manhattan_topk = _operator("manhattan_topk", _topk.manhattan_topk)

@@ -3,7 +3,9 @@
 import pytest
 import torch
 from cases import DEVICE
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastsiam import SiameseLSTM, _ops
 from fastsiam.functional import Weights, siamese_encode, siamese_similarity
@@ -193,6 +195,60 @@ def test_the_gradient_cannot_be_differentiated_again(fused_backend):
                 gradient.sum().backward()
 
 
+class Watch(TorchDispatchMode):
+    """Notes which of our operators are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if operator.namespace == "fastsiam":
+            self.seen.append(operator)
+        return operator(*args, **(kwargs or {}))
+
+
+def test_a_dispatch_mode_sees_the_operators(fused_backend):
+    dense = make_module(fused_backend)
+    embedded = make_module(fused_backend, embedding=torch.ones(V, D))
+    inputs = torch.randn(2, B, T, D, device=DEVICE)
+    ids = torch.randint(V, (2, B, T), device=DEVICE)
+    expected = train_once(dense, dense, *inputs)
+    with Watch() as watch:
+        actual = train_once(dense, dense, *inputs)
+        with torch.no_grad():
+            dense(*inputs)
+            embedded(*ids)
+    trained = [_ops.siamese_fwd, _ops.siamese_bwd]
+    assert watch.seen == [*trained, _ops.siamese_fwd, _ops.siamese_prepare, _ops.siamese_infer]
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_fake_tensors(fused_backend):
+    with FakeTensorMode():
+        m = make_module(fused_backend)
+        x, y = torch.randn(2, B, T, D, device=DEVICE)
+        similarity = m(x, y)
+        similarity.sum().backward()
+        with torch.no_grad():
+            alone = m(x, y)
+    assert similarity.shape == alone.shape == (B,)
+    made = [similarity, alone, *(p.grad for p in m.parameters())]
+    assert all(isinstance(t, FakeTensor) for t in made)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_forward_mode_over_a_gradient_is_refused(fused_backend):
+    m = make_module(fused_backend)
+    x, y = torch.randn(2, B, T, D, device=DEVICE)
+    with torch.autograd.forward_ad.dual_level():
+        similarity = m(x, y)
+        upstream = torch.autograd.forward_ad.make_dual(*torch.ones(2, B, device=DEVICE))
+        with pytest.raises(RuntimeError, match="forward mode"):
+            torch.autograd.grad(similarity, m.weight_hh_l0, upstream)
+
+
 def in_forward_mode(m, x, y):
     with torch.autograd.forward_ad.dual_level():
         m(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)), y)
@@ -206,8 +262,15 @@ def in_forward_mode(m, x, y):
         lambda m, x, y: torch.func.jvp(lambda x: m(x, y), (x,), (x,)),
         torch.no_grad()(lambda m, x, y: torch.func.jvp(lambda x: m(x, y), (x,), (x,))),
         in_forward_mode,
+        torch.no_grad()(in_forward_mode),
     ],
-    ids=["func.grad", "func.jvp", "func.jvp without gradients", "forward mode"],
+    ids=[
+        "func.grad",
+        "func.jvp",
+        "func.jvp without gradients",
+        "forward mode",
+        "forward mode without gradients",
+    ],
 )
 def test_other_ways_to_a_derivative_are_refused(fused_backend, derive):
     """The reference has them."""
