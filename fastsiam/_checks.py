@@ -129,8 +129,8 @@ def check_side(
     weight: Tensor,
     embedding: Tensor | None,
     validate: bool,
-) -> tuple[Tensor, Tensor]:
-    """Check one side's arguments; return it and its lengths as a tensor on its device.
+) -> Tensor:
+    """Check one side's arguments but the values of ids; return its lengths on its device.
 
     `weight` is the first layer's weight_ih.
     """
@@ -173,10 +173,7 @@ def check_side(
             raise ValueError(
                 f"{who}: {name}'s mask must be on the device {x.device}, got {mask.device}"
             )
-    valid_steps = _check_lengths(who, name, x, lengths, validate)
-    if embedding is not None and (validate or x.device.type == "cpu"):
-        _check_ids(who, name, x, valid_steps, embedding.shape[0])
-    return x, valid_steps
+    return _check_lengths(who, name, x, lengths, validate)
 
 
 def as_tensor(lengths: Tensor | Sequence[int]) -> Tensor:
@@ -201,7 +198,7 @@ def _check_lengths(who: str, name: str, x: Tensor, lengths: Lengths, validate: b
         )
     on_cpu = given.device.type == "cpu" and not torch.compiler.is_compiling()
     if B and (validate or on_cpu):
-        low, high = (int(bound) for bound in torch.aminmax(given))
+        low, high = _bounds(given)
         if low < 0 or high > T:
             raise ValueError(
                 f"{who}: {name}'s lengths must be between 0 and T = {T}, "
@@ -210,17 +207,27 @@ def _check_lengths(who: str, name: str, x: Tensor, lengths: Lengths, validate: b
     return given.to(device=x.device, dtype=torch.int64)
 
 
-def _check_ids(who: str, name: str, ids: Tensor, lengths: Tensor, V: int) -> None:
-    if torch.compiler.is_compiling() or ids.numel() == 0:
+def check_ids(
+    who: str, names: Sequence[str], ids: Tensor, lengths: Tensor, V: int, validate: bool
+) -> None:
+    """Check the ids of one side or both, which stand one below the other."""
+    checked = validate or ids.device.type == "cpu"
+    if not checked or torch.compiler.is_compiling() or ids.numel() == 0:
         return
-    low, high = (int(bound) for bound in torch.aminmax(ids))
+    low, high = _bounds(ids)
     if 0 <= low and high < V:
         return
     # something is out of range: an error only where it is not padding
     valid = torch.arange(ids.shape[1], device=ids.device) < lengths.unsqueeze(1)
-    read = ids[valid]
-    bad = read[(read < 0) | (read >= V)]
-    if bad.numel():
-        raise ValueError(
-            f"{who}: {name}'s ids must be between 0 and V - 1 = {V - 1}, got {int(bad[0])}"
-        )
+    bad = valid & ((ids < 0) | (ids >= V))
+    for name, side, wrong in zip(names, ids.chunk(len(names)), bad.chunk(len(names)), strict=True):
+        if wrong.any():
+            raise ValueError(
+                f"{who}: {name}'s ids must be between 0 and V - 1 = {V - 1}, "
+                f"got {int(side[wrong][0])}"
+            )
+
+
+def _bounds(t: Tensor) -> tuple[int, int]:
+    low, high = torch.aminmax(t)
+    return int(low), int(high)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastsiam import _ops, reference
 from fastsiam._backend import resolve_backend
-from fastsiam._checks import Lengths, Weights, check_side, check_table, check_tensor
+from fastsiam._checks import Lengths, Weights, check_ids, check_side, check_table, check_tensor
 from fastsiam._network import Prepared, explain, first_of, make_network, run, stack_layer
 
 __all__ = [
@@ -105,10 +105,10 @@ def siamese_similarity(
         recompute,
     )
     weight = first_of(weights).weight_ih
-    left, left_lengths = check_side(
+    left_lengths = check_side(
         who, "left", left, left_lengths, left_mask, weight, embedding, validate
     )
-    right, right_lengths = check_side(
+    right_lengths = check_side(
         who, "right", right, right_lengths, right_mask, weight, embedding, validate
     )
     if left.shape[0] != right.shape[0]:
@@ -128,6 +128,8 @@ def siamese_similarity(
         mask = _join(left_mask, right_mask)
     x = _join(left, right)
     lengths = _stack(left_lengths, right_lengths)
+    if embedding is not None:
+        check_ids(who, ("left", "right"), x, lengths, embedding.shape[0], validate)
     similarity, distance, _ = run(network, x, lengths, mask, embedding, scale, True)
     return -scale * distance if log else similarity
 
@@ -167,7 +169,9 @@ def siamese_encode(
         recompute,
     )
     weight = first_of(weights).weight_ih
-    x, lengths = check_side(who, "x", x, lengths, mask, weight, embedding, validate)
+    lengths = check_side(who, "x", x, lengths, mask, weight, embedding, validate)
+    if embedding is not None:
+        check_ids(who, ("x",), x, lengths, embedding.shape[0], validate)
     return run(network, x, lengths, mask, embedding, 1.0, False)[2]
 
 

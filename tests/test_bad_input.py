@@ -92,6 +92,14 @@ BAD_CALLS = {
         lambda: embedded()(ids(), with_id(V)),
         "right's ids must be between 0 and V - 1 = 9, got 10",
     ),
+    "ids of both sides": (
+        lambda: embedded()(with_id(V), with_id(-1)),
+        "left's ids must be between 0 and V - 1 = 9, got 10",
+    ),
+    "id of the longer side": (
+        lambda: embedded()(ids(), ids(B, T + 2, value=-7)),
+        "right's ids must be between 0 and V - 1 = 9, got -7",
+    ),
     "id beyond V, encoded": (
         lambda: embedded().encode(with_id(V), [4, 1, 4]),
         "x's ids must be between 0 and V - 1 = 9, got 10",
