@@ -408,7 +408,7 @@ def _reach_vectors(dpair: Tensor | None, dvectors: Tensor | None, h: Tensor) -> 
     if dpair is None:
         return dv
     left, right = h.chunk(2)
-    pull = torch.sign(left - right) * dpair.unsqueeze(1)
+    pull = (left - right).sign_().mul_(dpair.unsqueeze(1))
     pulls = torch.cat((pull, -pull))
     return pulls if dv is None else dv + pulls
 
