@@ -339,7 +339,6 @@ def _plain_layer(
     keep_outputs: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the same from the definition, or from torch's own LSTM or GRU on the padded batch."""
-    layer = stack_layer(network, directions)
     T = x.shape[1]
     if T == 0:
         # a step that no sequence has: the weights get gradients, of 0, as from any other batch
@@ -350,15 +349,12 @@ def _plain_layer(
         x = F.embedding(torch.where(valid, x, 0), embedding)
     x = torch.where(valid.unsqueeze(2), x, 0)
     states, vectors = [], []
-    for p, (weight_ih, weight_hh) in enumerate(zip(*layer[:2], strict=True)):
-        bias = None if layer.bias is None else layer.bias[p]
+    # an empty batch runs nothing, and not every LSTM of torch's takes one
+    by_torch = network.backend == "lstm" and x.shape[0] > 0
+    states_of = _torch_states if by_torch else _reference_states
+    for p, weights in enumerate(directions):
         reverse = p == 1
-        # an empty batch runs nothing, and not every LSTM of torch's takes one
-        if network.backend == "reference" or x.shape[0] == 0:
-            states_of = reference.STATES[network.cell]
-            direction = states_of(x, lengths, weight_ih, weight_hh, bias, reverse)
-        else:
-            direction = _torch_states(network.cell, x, lengths, weight_ih, weight_hh, bias, reverse)
+        direction = states_of(network.cell, x, lengths, weights, reverse)
         states.append(direction)
         vectors.append(reference.pool(direction, lengths, pooling, mask, reverse))
     h = torch.cat(vectors, dim=1)
@@ -374,28 +370,26 @@ def _plain_layer(
     return torch.exp(-scale * distance), distance, h, outputs
 
 
-def _torch_states(
-    cell: str,
-    x: Tensor,
-    lengths: Tensor,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias: Tensor | None,
-    reverse: bool,
+def _reference_states(
+    cell: str, x: Tensor, lengths: Tensor, weights: Weights, reverse: bool
 ) -> Tensor:
-    """Return one direction's hidden states, [N, T, H], from torch's own LSTM or GRU."""
-    N, T, H = x.shape[0], x.shape[1], weight_hh.shape[1]
-    parameters = [weight_ih, weight_hh]
-    if bias is not None:
-        # of the state's own, all that the input's cannot hold: the bias of a GRU's gate n
-        own = bias[len(weight_hh) :]
-        parameters += [bias[: len(weight_hh)], F.pad(own, (len(weight_hh) - len(own), 0))]
+    """Return one direction's hidden states, [N, T, H], from the definition."""
+    bias = None if weights.bias_ih is None else _bias(weights, cell).to(x.dtype)
+    of_x, of_h = weights.weight_ih.to(x.dtype), weights.weight_hh.to(x.dtype)
+    return reference.STATES[cell](x, lengths, of_x, of_h, bias, reverse)
+
+
+def _torch_states(cell: str, x: Tensor, lengths: Tensor, weights: Weights, reverse: bool) -> Tensor:
+    """Return the same from torch's own LSTM or GRU."""
+    N, T, H = x.shape[0], x.shape[1], weights.weight_hh.shape[1]
+    parameters = [weight.to(x.dtype) for weight in weights if weight is not None]
+    has_bias = weights.bias_ih is not None
     if x.is_cuda:
         # one buffer, as nn.LSTM keeps them: cuDNN would copy them into one, with a warning. It
         # has biases in any case
         flat = [p.flatten() for p in parameters]
-        if bias is None:
-            flat.append(weight_ih.new_zeros(2 * len(weight_ih)))
+        if not has_bias:
+            flat.append(x.new_zeros(2 * len(parameters[0])))
         chunks = torch.cat(flat).split([p.numel() for p in flat])
         parameters = [chunk.view_as(p) for chunk, p in zip(chunks, parameters, strict=False)]
     turned = None
@@ -407,7 +401,7 @@ def _torch_states(
         x = x.gather(1, turned.expand_as(x))
     state = x.new_zeros(1, N, H)
     training = torch.is_grad_enabled()
-    how = parameters, bias is not None, 1, 0.0, training, False, True
+    how = parameters, has_bias, 1, 0.0, training, False, True
     states: Tensor
     if cell == "lstm":
         states = torch.lstm(x, (state, state), *how)[0]

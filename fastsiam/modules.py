@@ -423,9 +423,9 @@ class SiameseLSTM(_Siamese):
     Without gradients the projected embedding is kept from call to call until a weight changes, a
     call is made with gradients or `train` or `eval` changes the mode. A write that raises no
     version counter (through `.data`, an array that shares the memory or an optimizer with
-    fused=True) is seen on a CPU, in the weights and in the first column of the embedding (of some
-    thousand rows where it has ten thousand or more), and nowhere else; call `forget_projection`
-    after it.
+    fused=True) is seen on a CPU, in the weights (in every so many numbers of one that has more
+    than 65,536) and in the first column of the embedding (of some thousand rows where it has ten
+    thousand or more), and nowhere else; call `forget_projection` after it.
 
     Raises:
         TypeError: the embedding is no tensor, but an array or a list.
@@ -483,7 +483,8 @@ class _PreparedCache:
     In-place updates raise a tensor's version counter, but writes through `.data` do not. On the
     CPU the weights are therefore compared with a copy at each call, and so is one number of each
     row of the embedding, or of ten thousand rows where it has more; on CUDA, where that would
-    synchronise, version counters must do.
+    synchronise, version counters must do. Of a weight with more than `_WHOLE` numbers every so
+    many are compared: all of them would take as long as a few sentences.
     """
 
     def __init__(self) -> None:
@@ -512,7 +513,7 @@ class _PreparedCache:
         if key != known or not all(map(_same_bytes, watched, copies)):
             kept = [t.detach() for t in tensors]
             some = kept[-1][:: 1 + table.shape[0] // 10_000, 0]
-            watched = [*kept[:-1], some] if device == "cpu" else []
+            watched = [*map(_some, kept[:-1]), some] if device == "cpu" else []
             copies = [t.clone() for t in watched]
             prepared = functional.prepare(
                 directions, table, backend, cell=cell, bidirectional=len(directions) == 2
@@ -525,6 +526,17 @@ class _PreparedCache:
 
     def __reduce__(self) -> tuple[type[_PreparedCache], tuple[()]]:
         return (_PreparedCache, ())
+
+
+_WHOLE = 2**16
+
+
+def _some(weight: Tensor) -> Tensor:
+    """Return a view of a weight's numbers, of some from all rows and columns where it has many."""
+    if weight.numel() <= _WHOLE or not weight.is_contiguous():
+        return weight
+    # odd, so that the numbers stand in other columns from row to row
+    return weight.flatten()[:: weight.numel() // _WHOLE * 2 + 1]
 
 
 def _same_bytes(one: Tensor, other: Tensor) -> bool:

@@ -570,6 +570,19 @@ def test_cache_follows_writes_through_data(name):
     torch.testing.assert_close(after, score(m, ids).detach())
 
 
+@pytest.mark.parametrize("where", [(1001,), (slice(None), 7), (slice(2, 4), slice(100, 150))])
+def test_cache_follows_writes_to_a_part_of_a_large_weight(where):
+    m = SiameseLSTM(300, 300, embedding=torch.randn(V, 300), backend="torch", device="cpu")
+    ids = tuple(t.cpu() for t in draw_ids())
+    for weight in (m.weight_ih_l0, m.weight_hh_l0):
+        with torch.no_grad():
+            before = score(m, ids)
+            weight.data[where] += 1
+            after = score(m, ids)
+        assert not torch.equal(after, before)
+        torch.testing.assert_close(after, score(m, ids).detach())
+
+
 def test_cache_follows_a_weight_that_is_turned_round():
     """In its place, by which address, shape, type and version stay the same."""
     m = SiameseLSTM(4 * H, H, embedding=torch.randn(V, 4 * H), backend="torch", device="cpu")
