@@ -173,7 +173,8 @@ void multiply_rows(int64_t count, const Panels& right, int64_t threads, RowsOf r
 // out += a.T @ b[rows], for the columns of one panel, from j on: a [K, .], of which M columns
 // count, b [., N], and K at most DEPTH. Without `rows`, b in order.
 void accumulate_columns(int64_t K, int64_t M, int64_t N, int64_t j, const float* a,
-                        int64_t stride_a, const float* b, const int64_t* rows, float* out) {
+                        int64_t stride_a, const float* b, const int64_t* rows, float* out,
+                        int64_t stride_out) {
     float panel[DEPTH * PANEL];
     const int64_t columns = least(PANEL, N - j);
     for (int64_t k = 0; k < K; k++) {
@@ -184,18 +185,19 @@ void accumulate_columns(int64_t K, int64_t M, int64_t N, int64_t j, const float*
             for (int64_t i = 0; i < PANEL; i++) panel[k * PANEL + i] = i < columns ? row[i] : 0.0f;
     }
     if (columns > WIDTH)
-        accumulate_panel<2>(a, M, stride_a, panel, K, &out[j], N, columns);
+        accumulate_panel<2>(a, M, stride_a, panel, K, &out[j], stride_out, columns);
     else
-        accumulate_panel<1>(a, M, stride_a, panel, K, &out[j], N, columns);
+        accumulate_panel<1>(a, M, stride_a, panel, K, &out[j], stride_out, columns);
 }
 
-// out[rows[k]] += a[k] for all K rows of `a`, [K, M], in order: columns from j on.
-void scatter_columns(int64_t K, int64_t M, int64_t j, int64_t columns, const float* a,
-                     const int64_t* rows, float* out) {
+// out[rows[k]] += a[k] for all K rows of `a`, [K, M], in order: one of so many shares of `out`.
+void scatter_rows(int64_t K, int64_t M, int64_t share, int64_t shares, const float* a,
+                  const int64_t* rows, float* out) {
     for (int64_t k = 0; k < K; k++) {
-        const float* __restrict from = &a[k * M + j];
-        float* __restrict to = &out[rows[k] * M + j];
-        for (int64_t i = 0; i < columns; i++) to[i] += from[i];
+        if (rows[k] % shares != share) continue;
+        const float* __restrict from = &a[k * M];
+        float* __restrict to = &out[rows[k] * M];
+        for (int64_t i = 0; i < M; i++) to[i] += from[i];
     }
 }
 

@@ -81,14 +81,22 @@ void add_upstream(const Batch& batch, int64_t sequence, int64_t step, float* dh)
     }
 }
 
-// What a thread has of memory of so many floats each.
-float* own(const Floats& work, int64_t size) {
-    int64_t thread = 0;
+// Memory of so many floats for each thread.
+struct Work {
+    const int64_t size;
+    const Floats all;
+
+    Work(int threads, int64_t size) : size(whole_lines(size)), all(floats(threads * this->size)) {}
+
+    // What the calling thread has of it.
+    float* own() const {
+        int64_t thread = 0;
 #ifdef _OPENMP
-    thread = omp_get_thread_num();
+        thread = omp_get_thread_num();
 #endif
-    return &work[thread * size];
-}
+        return &all[thread * size];
+    }
+};
 
 // `work` has a tile's states and what is pooled, 3H, and its gates, 4H.
 template <class Cell>
@@ -172,12 +180,14 @@ void backward_tile(const Batch& batch, const Panels& right, int64_t number, int6
 }
 
 // Runs the steps back: dtable [count, 4H], what reaches each word's input gates, and h_by_gates
-// [H, 4H], the product of the states before the tokens and the gradients of the gates.
+// [H, .], in its first 4H columns the product of the states before the tokens and the gradients of
+// the gates.
 //
 // Threads wait for each other once a block: while some are still at the sums of one, the others
 // begin with the tiles of the next, whose gradients are in the other half of the memory.
 template <class Cell>
-void backward_steps(const Batch& batch, const Words& words, float* dtable, float* h_by_gates) {
+void backward_steps(const Batch& batch, const Words& words, float* dtable, float* h_by_gates,
+                    int64_t stride) {
     const Layer& layer = batch.layer;
     const int64_t H = layer.H, G = 4 * H, K = GATES<Cell> * H;
     const float* weight = &layer.weight_hh[batch.p * K * H];
@@ -189,13 +199,11 @@ void backward_steps(const Batch& batch, const Words& words, float* dtable, float
     for (size_t block = 1; block < blocks.size(); block++)
         largest = std::max(largest, batch.starts[blocks[block]] - batch.starts[blocks[block - 1]]);
     const int threads = batch.threads();
-    const Floats work = floats(threads * batch.tile * 2 * H);
+    const Work work(threads, batch.tile * 2 * H);
     const Floats two_blocks = floats(words.rows ? (threads > 1 ? 2 : 1) * largest * G : 0);
     const float* before_h = &layer.before_h[batch.p * layer.N * layer.T * H];
-    const int64_t parts = (G + PANEL - 1) / PANEL;
-    // columns of a row of the table for which a thread adds the gradients up
-    const int64_t share = (G + threads - 1) / threads, shares = words.rows ? threads : 0;
-    std::fill_n(h_by_gates, H * G, 0.0f);
+    const int64_t parts = (G + PANEL - 1) / PANEL, shares = words.rows ? threads : 0;
+    std::fill_n(h_by_gates, H * stride, 0.0f);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         if (words.rows)
@@ -209,8 +217,7 @@ void backward_steps(const Batch& batch, const Words& words, float* dtable, float
             float* dgates = words.rows ? &two_blocks[half * largest * G] : &dtable[begin * G];
 #pragma omp for schedule(dynamic, 1)
             for (int64_t number = first; number < last; number++)
-                backward_tile<Cell>(batch, right, number, begin, dgates,
-                                    own(work, batch.tile * 2 * H));
+                backward_tile<Cell>(batch, right, number, begin, dgates, work.own());
 #pragma omp for schedule(dynamic, 1) nowait
             for (int64_t part = 0; part < parts + shares; part++)
                 if (part < parts)
@@ -218,10 +225,9 @@ void backward_steps(const Batch& batch, const Words& words, float* dtable, float
                     for (int64_t from = 0; from < size; from += DEPTH)
                         accumulate_columns(least(DEPTH, size - from), H, G, part * PANEL,
                                            &before_h[(begin + from) * H], H, &dgates[from * G],
-                                           nullptr, h_by_gates);
-                else if (int64_t j = (part - parts) * share; j < G)
-                    scatter_columns(size, G, j, least(share, G - j), dgates, &words.rows[begin],
-                                    dtable);
+                                           nullptr, h_by_gates, stride);
+                else
+                    scatter_rows(size, G, part - parts, shares, dgates, &words.rows[begin], dtable);
         }
     }
 }
@@ -245,10 +251,10 @@ void gradients_of_input(const Layer& layer, int64_t p, const Words& words, const
             const int64_t some = least(DEPTH, K - from);
             if (part < of_x)
                 accumulate_columns(some, M, D, part * PANEL, rows, 4 * H, layer.x, &words.x[from],
-                                   of_weight);
+                                   of_weight, D);
             else
                 accumulate_columns(some, 1, 4 * H, (part - of_x) * PANEL, ones, 1, rows, nullptr,
-                                   of_bias);
+                                   of_bias, 4 * H);
         }
     // to PyTorch's order
     std::rotate(of_weight, of_weight + Cell::SKIPPED * H * D, of_weight + M * D);
@@ -302,14 +308,13 @@ bool forward(const Layer& layer) {
         }
         const Panels right = {panels, H, G};
         const int threads = batch.threads();
-        const Floats work = floats(threads * batch.tile * 7 * H);
+        const Work work(threads, batch.tile * 7 * H);
 #pragma omp parallel num_threads(threads) if (threads > 1)
         {
             // the long ones come first
 #pragma omp for schedule(dynamic, 1)
             for (int64_t number = 0; number < batch.tiles; number++)
-                forward_tile<Cell>(batch, rows, table, right, number,
-                                   own(work, batch.tile * 7 * H));
+                forward_tile<Cell>(batch, rows, table, right, number, work.own());
         }
     }
     return true;
@@ -322,12 +327,15 @@ bool backward(const Layer& layer) {
         const Batch batch(layer, p);
         const Words words(batch);
         if (!words.exist) return false;
-        const Floats dtable = floats(words.count * G), h_by_gates = floats(H * G);
-        backward_steps<Cell>(batch, words, dtable.get(), h_by_gates.get());
+        // no cache line has columns of two panels
+        const int64_t stride = size_of_panels(1, G);
+        const Floats dtable = floats(words.count * G), h_by_gates = floats(H * stride);
+        backward_steps<Cell>(batch, words, dtable.get(), h_by_gates.get(), stride);
         gradients_of_input<Cell>(layer, p, words, dtable.get());
         for (int64_t k = 0; k < K; k++)
             for (int64_t j = 0; j < H; j++)
-                layer.dweight_hh[(p * K + k) * H + j] = h_by_gates[j * G + Cell::SKIPPED * H + k];
+                layer.dweight_hh[(p * K + k) * H + j] =
+                    h_by_gates[j * stride + Cell::SKIPPED * H + k];
         if (layer.dx) gradient_of_x<Cell>(layer, p, words, dtable.get());
     }
     return true;

@@ -36,6 +36,9 @@ INLINE void store(float* to, Float x) {
 
 constexpr std::align_val_t CACHE_LINE{64};
 
+// So many floats and what fills up their last cache line, which two threads should not write to.
+int64_t whole_lines(int64_t size) { return (size + 15) / 16 * 16; }
+
 struct Release {
     void operator()(void* memory) const { ::operator delete(memory, CACHE_LINE); }
 };
