@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -256,7 +257,7 @@ def backward(
     of_layer = x, ids, lengths, mask, weight_ih, weight_hh
     how = steps, pooling, need_dx, allow_tf32, cell, backend
     # the forward's dtypes hold, also where backward is called under autocast
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         if recompute:
             grads = _gradients_in_parts(of_pairs, dh, doutputs, *of_layer, bias, h, *how)
         else:
@@ -411,6 +412,12 @@ def _reach_vectors(dpair: Tensor | None, dvectors: Tensor | None, h: Tensor) -> 
     pull = (left - right).sign_().mul_(dpair.unsqueeze(1))
     pulls = torch.cat((pull, -pull))
     return pulls if dv is None else dv + pulls
+
+
+def without_autocast(device: str) -> AbstractContextManager[object]:
+    """Turn autocast off where it is on: to enter and to leave it takes longer than to ask."""
+    on = torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if on else nullcontext()
 
 
 def _some(t: Tensor | None, rows: slice) -> Tensor | None:

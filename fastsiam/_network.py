@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -165,7 +164,7 @@ def run(
         layer_of = _plain_layer
         if network.recompute and torch.is_grad_enabled():
             layer_of = partial(checkpoint, _plain_layer, use_reentrant=False)
-    with _without_autocast(x.device.type):
+    with _layer.without_autocast(x.device.type):
         for layer in network.layers[:-1]:
             states = layer_of(
                 network, layer, x, lengths, None, embedding, 1.0, "last", False, True
@@ -408,12 +407,6 @@ def _torch_states(cell: str, x: Tensor, lengths: Tensor, weights: Weights, rever
     else:
         states = torch.gru(x, state, *how)[0]
     return states if turned is None else states.gather(1, turned.expand_as(states))
-
-
-def _without_autocast(device: str) -> AbstractContextManager[object]:
-    """Turn autocast off where it is on: to enter and to leave it takes longer than to ask."""
-    on = torch.is_autocast_enabled(device)
-    return torch.autocast(device, enabled=False) if on else nullcontext()
 
 
 def _computed_dtype(weight: Tensor) -> torch.dtype:

@@ -79,7 +79,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Saved]:
     """Do as `batched.forward`."""
     N, P, H = lengths.shape[0], weight_hh.shape[0], weight_hh.shape[2]
-    x, ids, _ = _float_rows(x, ids, lengths)
+    rows, ids, _ = _float_rows(x, ids, lengths)
     nothing = torch.empty(0, dtype=torch.float32, device=x.device)
     vectors = nothing.new_empty(N, P * H)
     outputs = nothing.new_zeros((N, steps, P * H) if keep_outputs else 0)
@@ -89,16 +89,11 @@ def forward(
     cells = empty((P, M, H), nothing) if cell == "lstm" else nothing
     keep_peaks = keep and pooling == "max"
     peaks = nothing.new_zeros((N, P * H) if keep_peaks else 0, dtype=torch.int32)
-    _steps.run(
+    of_layer = rows, ids, lengths, mask, weight_ih, weight_hh, steps, pooling
+    _run(
         "forward",
         cell,
-        *(P, N, steps, H, x.shape[1], x.shape[0], pooling),
-        lengths=_long(lengths),
-        ids=_long(ids),
-        mask=_float(mask),
-        x=x,
-        weight_ih=_float(weight_ih),
-        weight_hh=_float(weight_hh),
+        *of_layer,
         bias=_float(bias),
         vectors=vectors,
         outputs=outputs if keep_outputs else None,
@@ -126,21 +121,16 @@ def backward(
     cell: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Do as `batched.backward`."""
-    N, P, H = lengths.shape[0], weight_hh.shape[0], weight_hh.shape[2]
+    P, H = weight_hh.shape[0], weight_hh.shape[2]
     rows, ids, words = _float_rows(x, ids, lengths)
     dx = saved.gates.new_zeros(rows.shape if need_dx else 0)
     dweight_ih, dweight_hh = (saved.gates.new_empty(w.shape) for w in (weight_ih, weight_hh))
     dbias = saved.gates.new_empty(P, 4 * H)
-    _steps.run(
+    of_layer = rows, ids, lengths, mask, weight_ih, weight_hh, steps, pooling
+    _run(
         "backward",
         cell,
-        *(P, N, steps, H, x.shape[1], rows.shape[0], pooling),
-        lengths=_long(lengths),
-        ids=_long(ids),
-        mask=_float(mask),
-        x=rows,
-        weight_ih=_float(weight_ih),
-        weight_hh=_float(weight_hh),
+        *of_layer,
         peaks=saved.peaks,
         gates=saved.gates,
         before_h=saved.states,
@@ -155,6 +145,32 @@ def backward(
     if need_dx and words is not None:
         dx = dx.new_zeros(x.shape).index_copy_(0, words, dx)
     return dx, dweight_ih, dweight_hh, dbias
+
+
+def _run(
+    what: str,
+    cell: str,
+    x: Tensor,
+    ids: Tensor | None,
+    lengths: Tensor,
+    mask: Tensor | None,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    steps: int,
+    pooling: str,
+    **others: Tensor | None,
+) -> None:
+    """Call the library with a layer's inputs, the same for its forward and its backward."""
+    (P, _, H), (R, D), N = weight_hh.shape, x.shape, lengths.shape[0]
+    others |= {
+        "lengths": _long(lengths),
+        "ids": _long(ids),
+        "mask": _float(mask),
+        "x": x,
+        "weight_ih": _float(weight_ih),
+        "weight_hh": _float(weight_hh),
+    }
+    _steps.run(what, cell, P, N, steps, H, D, R, pooling, **others)
 
 
 def _float_rows(

@@ -12,6 +12,7 @@ from torch import Tensor
 from fastsiam import _ops, reference
 from fastsiam._backend import resolve_backend
 from fastsiam._checks import Lengths, Weights, check_ids, check_side, check_table, check_tensor
+from fastsiam._layer import without_autocast
 from fastsiam._network import Prepared, explain, first_of, make_network, run, stack_layer
 
 __all__ = [
@@ -232,7 +233,7 @@ def prepare(
         check_table("prepare", embedding, first_of(weights).weight_ih)
         if network.backend not in ("torch", "triton"):
             return None
-        with torch.autocast(embedding.device.type, enabled=False):
+        with without_autocast(embedding.device.type):
             table, weight = _ops.siamese_prepare(
                 embedding.to(network.dtype),
                 *stack_layer(network, network.layers[0]),
@@ -343,7 +344,7 @@ def nearest_rows(
         raise ValueError(
             f"{who}: backend must be auto, triton or torch, got {backend!r}; pass backend='torch'"
         )
-    with torch.no_grad(), torch.autocast(queries.device.type, enabled=False):
+    with torch.no_grad(), without_autocast(queries.device.type):
         found: tuple[Tensor, Tensor] = _ops.manhattan_topk(queries, corpus, k, choice.backend)
     return found
 

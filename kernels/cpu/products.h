@@ -1,6 +1,8 @@
 // Matrix products of float32, whose rows may stand anywhere.
 #pragma once
 
+#include <type_traits>
+
 #include "vectors.h"
 
 namespace {
@@ -38,6 +40,26 @@ void lay_out_columns(int64_t K, int64_t N, Column column, float* to) {
         for (int64_t i = 0; i < PANEL; i++) from[i] = column(least(j + i, N - 1));
         for (int64_t k = 0; k < K; k++, to += PANEL)
             for (int64_t i = 0; i < PANEL; i++) to[i] = from[i][k];
+    }
+}
+
+// Does work(count, first) for blocks of ROWS rows and for the rest; count.value is known when it is
+// compiled.
+template <class Work>
+INLINE void for_blocks(int64_t rows, Work work) {
+    int64_t first = 0;
+    for (; rows - first >= ROWS; first += ROWS) work(std::integral_constant<int, ROWS>{}, first);
+    switch (rows - first) {
+        case 5:
+            return work(std::integral_constant<int, 5>{}, first);
+        case 4:
+            return work(std::integral_constant<int, 4>{}, first);
+        case 3:
+            return work(std::integral_constant<int, 3>{}, first);
+        case 2:
+            return work(std::integral_constant<int, 2>{}, first);
+        case 1:
+            return work(std::integral_constant<int, 1>{}, first);
     }
 }
 
@@ -79,20 +101,9 @@ INLINE void multiply_block(const float* const* a, const float* panel, int64_t K,
 template <int C>
 void multiply_panel(const float* const* a, int64_t rows, const float* panel, int64_t K,
                     const float* const* start, int64_t j, float* const* out, int64_t columns) {
-    for (; rows >= ROWS; rows -= ROWS, a += ROWS, start += ROWS, out += ROWS)
-        multiply_block<ROWS, C>(a, panel, K, start, j, out, columns);
-    switch (rows) {
-        case 5:
-            return multiply_block<5, C>(a, panel, K, start, j, out, columns);
-        case 4:
-            return multiply_block<4, C>(a, panel, K, start, j, out, columns);
-        case 3:
-            return multiply_block<3, C>(a, panel, K, start, j, out, columns);
-        case 2:
-            return multiply_block<2, C>(a, panel, K, start, j, out, columns);
-        case 1:
-            return multiply_block<1, C>(a, panel, K, start, j, out, columns);
-    }
+    for_blocks(rows, [=](auto count, int64_t r) {
+        multiply_block<count.value, C>(&a[r], panel, K, &start[r], j, &out[r], columns);
+    });
 }
 
 // out = start + a @ right: [rows, K] by [K, N].
@@ -129,20 +140,10 @@ INLINE void accumulate_block(const float* a, int64_t stride_a, const float* pane
 template <int C>
 void accumulate_panel(const float* a, int64_t M, int64_t stride_a, const float* panel, int64_t K,
                       float* out, int64_t stride_out, int64_t columns) {
-    for (; M >= ROWS; M -= ROWS, a += ROWS, out += ROWS * stride_out)
-        accumulate_block<ROWS, C>(a, stride_a, panel, K, out, stride_out, columns);
-    switch (M) {
-        case 5:
-            return accumulate_block<5, C>(a, stride_a, panel, K, out, stride_out, columns);
-        case 4:
-            return accumulate_block<4, C>(a, stride_a, panel, K, out, stride_out, columns);
-        case 3:
-            return accumulate_block<3, C>(a, stride_a, panel, K, out, stride_out, columns);
-        case 2:
-            return accumulate_block<2, C>(a, stride_a, panel, K, out, stride_out, columns);
-        case 1:
-            return accumulate_block<1, C>(a, stride_a, panel, K, out, stride_out, columns);
-    }
+    for_blocks(M, [=](auto count, int64_t m) {
+        accumulate_block<count.value, C>(&a[m], stride_a, panel, K, &out[m * stride_out],
+                                         stride_out, columns);
+    });
 }
 
 struct Rows {
