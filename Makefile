@@ -13,13 +13,13 @@ GPU_ENV := PYTHONPATH=.:$(PYTHONPATH)
 # its packages are not ours: what they warn of is no error
 GPU_PYTEST = $(GPU_ENV) $(GPU_PYTHON) -m pytest -W default
 GPU_TESTS_1 := $(addprefix tests/test_,siamese_lstm.py ops.py)
-GPU_TESTS_2 := $(addprefix tests/test_,siamese_gru.py siamese_wide.py packing.py weight_gradients.py tiling.py module.py layers.py recompute.py large_offsets.py topk.py \
+GPU_TESTS_2 := $(addprefix tests/test_,siamese_gru.py siamese_wide.py similarity.py packing.py weight_gradients.py tiling.py module.py layers.py recompute.py large_offsets.py topk.py \
 	graph.py backend_choice.py bad_input.py reference.py benchmarks.py)
 
 BENCH := benchmarks --benchmark-only --save-results --benchmark-columns=median,iqr,rounds
 
 .PHONY: help demo test check aot gpu gpu-test gpu-sanitize gpu-bench bench report sick scores clean
-.PHONY: gpu-test-1 gpu-test-2 gpu-bench-a gpu-bench-b gpu-bench-b2 gpu-bench-c gpu-bench-d gpu-bench-more gpu-auto
+.PHONY: gpu-test-1 gpu-test-2 gpu-bench-a gpu-bench-b gpu-bench-b2 gpu-bench-c gpu-bench-d gpu-bench-more
 
 help:
 	@echo "make demo           make sentence pairs, train a small model on them, print its scores"
@@ -27,7 +27,6 @@ help:
 	@echo "make check          the gate: format, lint, types, tests, report in step"
 	@echo "make aot            compile every kernel for every target, print the table, compile what is launched (needs no GPU)"
 	@echo "make gpu            on a GPU machine: gpu-test, gpu-sanitize, gpu-bench, each in steps of minutes"
-	@echo "make gpu-auto       on a GPU machine: measure where backend=\"auto\" takes nn.LSTM"
 	@echo "make bench          measure this machine into benchmarks/results/"
 	@echo "make report         render the README's table and the plots from benchmarks/results/"
 	@echo "make sick DATA=DIR  train every recipe on the SICK files; DIR holds sick/, sts/, vectors/, seed/"
@@ -82,9 +81,6 @@ gpu-bench-b2: CASES = B'
 gpu-bench-c: CASES = C
 gpu-bench-d: CASES = D
 gpu-bench-more: CASES = both ways,GRU
-
-gpu-auto:
-	$(GPU_ENV) $(GPU_PYTHON) -m benchmarks.auto
 
 bench: $(VENV)/.made-test
 	$(BIN)/python -m pytest $(BENCH)

@@ -12,7 +12,7 @@ FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math"]
 OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
 BUILDS = {"": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
-    # fastsiam/_steps.py loads the one that the processor can run
+    # fastsiam/engine/cpu.py loads the one that the processor can run
     AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
     BUILDS = {"": ["-mavx2", "-mfma"], "_avx512": ["-mavx2", "-mfma", *AVX512]}
     # of which GCC 12 accuses its own header

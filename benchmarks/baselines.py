@@ -5,6 +5,7 @@ pool each sentence's states, score the pairs. A rival's `vectors` function retur
 vectors, [2B, H] for each direction.
 """
 
+import contextlib
 import copy
 import importlib.util
 import shutil
@@ -18,8 +19,9 @@ from torch import Tensor, nn
 
 from benchmarks import public
 from benchmarks.cases import SCALE, Batch, Case, Sentences, make_weights
-from fastsiam import SiameseGRU, SiameseLSTM, functional
-from fastsiam._backend import MAX_TRITON_HIDDEN
+from fastsiam import SiameseGRU, SiameseLSTM
+from fastsiam.engine.layer import Call
+from fastsiam.engine.select import BACKENDS
 from fastsiam.graph import WARMUP, GraphedStep
 
 Build = Callable[[Case, nn.RNNBase, Tensor], nn.Module]
@@ -158,35 +160,18 @@ class Ours(nn.Module):
         return self.model(batch.left, batch.right, batch.left_lengths, batch.right_lengths)
 
     def explain(self, batch: Batch, work: str) -> str:
-        on_host = batch.device.type == "cpu"
-        filled = batch.host_lengths.double().mean().item() / batch.longest
         with torch.set_grad_enabled(work != "scoring"):
-            return self.model.explain(
-                pairs=batch.case.B,
-                steps=batch.longest if on_host else batch.case.T,
-                filled=filled if on_host else None,
-            )
+            return self.model.explain(pairs=batch.case.B)
 
 
-class OursCold(Ours):
-    """The same without the table of projected words that a module keeps between calls."""
+class OursPrepared(Ours):
+    """The same inside `prepared`, as whoever scores many batches calls it."""
 
-    def forward(self, batch: Batch) -> Tensor:
-        model = self.model
-        suffixes = ("", "_reverse")[: 2 if model.bidirectional else 1]
-        fields = functional.Weights._fields
-        return functional.siamese_similarity(
-            batch.left,
-            batch.right,
-            [functional.Weights(*(getattr(model, f"{n}_l0{s}") for n in fields)) for s in suffixes],
-            cell=model.cell,
-            bidirectional=model.bidirectional,
-            pooling=model.pooling,
-            embedding=model.embedding.weight,
-            left_lengths=batch.left_lengths,
-            right_lengths=batch.right_lengths,
-            scale=SCALE,
-        )
+    def __init__(self, case: Case, rnn: nn.RNNBase, table: Tensor, backend: str = "auto") -> None:
+        super().__init__(case, rnn, table, backend)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.model.prepared())
+            self.stay = stack.pop_all()
 
 
 class OursGraphed(Ours):
@@ -230,8 +215,11 @@ class Contender:
             return f"{self.name} differs in {self.only_for} only"
         if setting == "graph" and self.not_in_graph:
             return f"{self.name} in a CUDA graph: {self.not_in_graph}"
-        if self.name == "fastsiam triton" and case.H > MAX_TRITON_HIDDEN:
-            return f"fastsiam triton covers H up to {MAX_TRITON_HIDDEN}"
+        if self.name == "fastsiam triton":
+            dtype = torch.float32 if case.dtype == "tf32" else getattr(torch, case.dtype)
+            call = Call(case.cell, case.H, dtype, torch.device(device), work != "scoring")
+            if obstacle := BACKENDS["triton"].obstacle(call):
+                return obstacle
         one_lstm = case.cell == "lstm" and not case.bidirectional and case.pooling == "last"
         if (self.name == "step by step" or self.needs) and not one_lstm:
             return f"{self.name} is written for the last state of an LSTM in one direction"
@@ -259,7 +247,7 @@ CONTENDERS = [
         "fastsiam torch", ours("torch"), ours=True, not_in_graph="it reads lengths on the host"
     ),
     Contender("fastsiam triton", ours("triton"), ours=True, only_on="cuda"),
-    Contender("fastsiam cold", OursCold, ours=True, only_for="scoring"),
+    Contender("fastsiam prepared", OursPrepared, ours=True, only_for="scoring"),
     Contender(
         "fastsiam graphed", OursGraphed, ours=True, only_on="cuda", only_in="eager", only_for="step"
     ),

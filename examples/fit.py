@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from fastsiam import TextSiamese
-from fastsiam.sample import write_sample
 from fastsiam.text.datasets import read_pairs
+from fastsiam.text.sample import write_sample
 from fastsiam.text.tokens import tokenize
 from fastsiam.text.vectors import load_vectors
 from fastsiam.text.vocabulary import Vocabulary

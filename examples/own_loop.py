@@ -9,8 +9,8 @@ import torch
 from torch.nn import functional as F
 
 from fastsiam import SiameseLSTM
-from fastsiam.sample import write_sample
 from fastsiam.text.datasets import read_pairs
+from fastsiam.text.sample import write_sample
 from fastsiam.text.tokens import tokenize
 from fastsiam.text.vectors import load_vectors
 from fastsiam.text.vocabulary import Vocabulary

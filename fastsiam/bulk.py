@@ -10,8 +10,9 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from fastsiam.functional import manhattan_similarity, nearest_rows
+from fastsiam.functional import manhattan_similarity
 from fastsiam.model import TextSiamese
+from fastsiam.search import nearest_rows
 from fastsiam.text.files import DataError
 from fastsiam.text.streams import (
     Block,

@@ -1,25 +1,34 @@
-"""Public functions over weights: check, pick the backend, call the operators."""
+"""Public functions over weights: check the arguments, then call the engine."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastsiam import _ops, reference
-from fastsiam._backend import resolve_backend
-from fastsiam._checks import Lengths, Weights, check_ids, check_side, check_table, check_tensor
-from fastsiam._layer import without_autocast
-from fastsiam._network import Prepared, explain, first_of, make_network, run, stack_layer
+from fastsiam.checks import (
+    Lengths,
+    check_ids,
+    check_network,
+    check_projection,
+    check_scale,
+    check_side,
+    check_table,
+    check_tensor,
+    choice_of,
+)
+from fastsiam.engine import network as engine
+from fastsiam.engine.layer import Projection, Weights, stack_weights, without_autocast
+from fastsiam.engine.network import Batch
+from fastsiam.engine.similarity import MANHATTAN, SIMILARITIES
+from fastsiam.search import manhattan_topk
 
 __all__ = [
     "Lengths",
-    "Prepared",
+    "Projection",
     "Weights",
-    "explain",
     "manhattan_similarity",
     "manhattan_topk",
     "prepare",
@@ -43,13 +52,14 @@ def siamese_similarity(
     right_lengths: Lengths = None,
     left_mask: Tensor | None = None,
     right_mask: Tensor | None = None,
+    similarity: str = "manhattan",
     scale: float | Tensor = 1.0,
     log: bool = False,
     backend: str = "auto",
-    prepared: Prepared | None = None,
+    prepared: Projection | None = None,
     validate: bool = False,
 ) -> Tensor:
-    """Score pairs of sequences by exp(-scale * L1) of their vectors (MaLSTM, AAAI 2016).
+    """Score pairs of sequences by the similarity of their vectors; exp(-scale * L1) is MaLSTM.
 
     Args:
         left: [B, T, D] inputs in the weights' dtype, or [B, T] integer ids where `embedding` is
@@ -74,16 +84,18 @@ def siamese_similarity(
         left_mask: [B, T] weights of the steps; the vector is then sum_t mask[b, t] h_t over valid
             steps whatever `pooling` says. It carries no gradient.
         right_mask: the same for the right side; both or neither.
+        similarity: "manhattan", exp(-scale * L1) (MaLSTM, AAAI 2016), or "cosine", (1 + cos) / 2.
         scale: factor on L1, > 0 and finite: a number, or a tensor of one element, which may require
-            grad and whose value is not checked.
-        log: return -scale * L1 instead, which does not underflow.
-        backend: "auto", "triton", "torch", "lstm" or "reference".
+            grad and whose value is not checked. It has no effect on "cosine".
+        log: return the logarithm instead, -scale * L1 for "manhattan", which does not underflow.
+        backend: "auto"; "triton"; "torch", which is "cpu" (the compiled library) where that takes
+            the call and else "batched" (tensor operations); "lstm" (nn.LSTM's own); "reference".
         prepared: what `prepare` returned for these weights and this embedding.
         validate: check lengths and ids on CUDA too, at the price of a synchronisation.
             CPU tensors are always checked.
 
     Returns:
-        [B] similarities in (0, 1], float32 (float64 for float64 weights), or their logarithms.
+        [B] similarities from 0 to 1, float32 (float64 for float64 weights), or their logarithms.
 
     Raises:
         TypeError: an input, a mask, a weight or the embedding is no tensor, but an array or a list.
@@ -93,19 +105,18 @@ def siamese_similarity(
     who = "siamese_similarity"
     check_tensor(who, "left", left)
     check_tensor(who, "right", right)
-    network = make_network(
+    choice_of(who, "similarity", similarity, SIMILARITIES)
+    network = check_network(
         who,
         weights,
-        cell,
         bidirectional,
-        pooling,
-        dropout,
-        left.device,
-        backend,
-        prepared,
-        recompute,
+        cell=cell,
+        pooling=pooling,
+        dropout=dropout,
+        recompute=recompute,
+        backend=backend,
     )
-    weight = first_of(weights).weight_ih
+    weight = network.layers[0][0].weight_ih
     left_lengths = check_side(
         who, "left", left, left_lengths, left_mask, weight, embedding, validate
     )
@@ -123,7 +134,7 @@ def siamese_similarity(
         )
     if (left_mask is None) != (right_mask is None):
         raise ValueError(f"{who}: left_mask and right_mask must be given together or not at all")
-    scale = _factor(who, scale, left.device)
+    scale = check_scale(who, scale, left.device)
     mask = None
     if left_mask is not None and right_mask is not None:
         mask = _join(left_mask, right_mask)
@@ -131,8 +142,10 @@ def siamese_similarity(
     lengths = _stack(left_lengths, right_lengths)
     if embedding is not None:
         check_ids(who, ("left", "right"), x, lengths, embedding.shape[0], validate)
-    similarity, distance, _ = run(network, x, lengths, mask, embedding, scale, True)
-    return -scale * distance if log else similarity
+    if prepared is not None:
+        check_projection(who, prepared, network)
+    batch = Batch(x, lengths, mask, embedding, paired=True)
+    return engine.score(who, network, batch, SIMILARITIES[similarity], scale, log, prepared)
 
 
 def siamese_encode(
@@ -148,7 +161,7 @@ def siamese_encode(
     lengths: Lengths = None,
     mask: Tensor | None = None,
     backend: str = "auto",
-    prepared: Prepared | None = None,
+    prepared: Projection | None = None,
     validate: bool = False,
 ) -> Tensor:
     """Return the vectors of sequences, [B, P * H] in the weights' dtype for P directions.
@@ -157,23 +170,23 @@ def siamese_encode(
     """
     who = "siamese_encode"
     check_tensor(who, "x", x)
-    network = make_network(
+    network = check_network(
         who,
         weights,
-        cell,
         bidirectional,
-        pooling,
-        dropout,
-        x.device,
-        backend,
-        prepared,
-        recompute,
+        cell=cell,
+        pooling=pooling,
+        dropout=dropout,
+        recompute=recompute,
+        backend=backend,
     )
-    weight = first_of(weights).weight_ih
+    weight = network.layers[0][0].weight_ih
     lengths = check_side(who, "x", x, lengths, mask, weight, embedding, validate)
     if embedding is not None:
         check_ids(who, ("x",), x, lengths, embedding.shape[0], validate)
-    return run(network, x, lengths, mask, embedding, 1.0, False)[2]
+    if prepared is not None:
+        check_projection(who, prepared, network)
+    return engine.encode(who, network, Batch(x, lengths, mask, embedding), prepared)
 
 
 def manhattan_similarity(u: Tensor, v: Tensor, scale: float | Tensor = 1.0) -> Tensor:
@@ -190,8 +203,8 @@ def manhattan_similarity(u: Tensor, v: Tensor, scale: float | Tensor = 1.0) -> T
         raise ValueError(
             f"{who}: u and v must be [B, H] of one shape, got {list(u.shape)} and {list(v.shape)}"
         )
-    scale = _factor(who, scale, u.device)
-    return torch.exp(-scale * reference.manhattan_distance(u, v))
+    scale = check_scale(who, scale, u.device)
+    return MANHATTAN.value(MANHATTAN.statistic(u, v), scale)
 
 
 def prepare(
@@ -201,46 +214,36 @@ def prepare(
     *,
     cell: str = "lstm",
     bidirectional: bool = False,
-) -> Prepared | None:
+) -> Projection | None:
     """Project all of `embedding`, [V, D], once, for any number of calls without gradients.
 
     Args:
         weights: as for `siamese_similarity`; only the first layer reads the embedding.
+        embedding: [V, D], of the weights' dtype and device.
+        backend: as for `siamese_similarity`.
+        cell: "lstm" or "gru".
+        bidirectional: as for `siamese_similarity`.
 
     Returns:
-        What to hand to `siamese_similarity` or `siamese_encode` as `prepared` until a weight
-        changes, or None where the backend has no use for it ("lstm" and "reference").
+        The `prepared` of `siamese_similarity` and `siamese_encode`, which holds until a weight
+        changes; or None where the backend has no use for it ("lstm" and "reference").
 
     Raises:
         TypeError: the embedding is no tensor.
         ValueError: it does not fit the weights, or these do not fit each other.
         ImportError: backend "triton" without triton.
     """
-    check_tensor("prepare", "embedding", embedding)
+    who = "prepare"
+    check_tensor(who, "embedding", embedding)
+    with torch.no_grad(), without_autocast(embedding.device.type):
+        network = check_network(who, weights, bidirectional, cell=cell, backend=backend)
+    directions, dtype = network.layers[0], network.dtype
     with torch.no_grad():
-        network = make_network(
-            "prepare",
-            weights,
-            cell,
-            bidirectional,
-            "last",
-            0.0,
-            embedding.device,
-            backend,
-            None,
-            False,
-        )
-        check_table("prepare", embedding, first_of(weights).weight_ih)
-        if network.backend not in ("torch", "triton"):
-            return None
+        check_table(who, embedding, directions[0].weight_ih)
+        chosen = network.choose(who, embedding.device).backend
         with without_autocast(embedding.device.type):
-            table, weight = _ops.siamese_prepare(
-                embedding.to(network.dtype),
-                *stack_layer(network, network.layers[0]),
-                cell,
-                network.backend,
-            )
-    return Prepared(network.backend, cell, table, weight)
+            stacked = stack_weights(directions, cell, dtype)
+            return chosen.project(embedding.to(dtype), stacked, cell)
 
 
 def _join(left: Tensor, right: Tensor) -> Tensor:
@@ -271,90 +274,3 @@ def _stack(left: Tensor, right: Tensor) -> Tensor:
     ):
         return both.flatten(0, 1)
     return torch.cat((left, right))
-
-
-def manhattan_topk(
-    queries: Tensor,
-    corpus: Tensor,
-    k: int,
-    *,
-    scale: float | Tensor = 1.0,
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    """Return the k rows of a corpus most similar to each query by exp(-scale * L1).
-
-    Memory beside the inputs and results is bounded: the matrix of all pairs is never made.
-
-    Args:
-        queries: [Q, F], floating point.
-        corpus: [M, F], of the queries' dtype and device.
-        k: 1 <= k <= M.
-        scale: factor on L1, > 0 and finite: a number or a tensor of one element.
-        backend: "auto", "triton" or "torch".
-
-    Returns:
-        Similarities [Q, k] in (0, 1], float32, descending, and row numbers [Q, k], int64. Of equal
-        distances the smaller row number comes first; rows with a NaN come last. L1 is summed in
-        float32 (float64 for float64) and compared in float32. Neither result carries a gradient:
-        where one is wanted, score the rows that were found with `manhattan_similarity`.
-
-    Raises:
-        TypeError: queries or corpus is no tensor, but an array or a list.
-        ValueError: an argument of the wrong shape, dtype, device or range.
-        ImportError: backend "triton" without triton.
-    """
-    check_tensor("manhattan_topk", "queries", queries)
-    scale = _factor("manhattan_topk", scale, queries.device)
-    distance, index = nearest_rows("manhattan_topk", queries, corpus, k, backend)
-    with torch.no_grad():
-        return torch.exp(distance * -scale).float(), index
-
-
-def nearest_rows(
-    who: str, queries: Tensor, corpus: Tensor, k: int, backend: str = "auto"
-) -> tuple[Tensor, Tensor]:
-    """Return L1, [Q, k] float32, and indices of the k rows of corpus nearest to each query.
-
-    What `manhattan_topk` does before it makes similarities, of which those of large distances are
-    all 0. Arguments and errors are its own; `who` is named in them.
-    """
-    check_tensor(who, "queries", queries)
-    check_tensor(who, "corpus", corpus)
-    if queries.ndim != 2 or corpus.ndim != 2 or queries.shape[1] != corpus.shape[1]:
-        raise ValueError(
-            f"{who}: queries and corpus must be [Q, F] and [M, F], "
-            f"got {list(queries.shape)} and {list(corpus.shape)}"
-        )
-    if queries.dtype != corpus.dtype or not queries.is_floating_point():
-        raise ValueError(
-            f"{who}: queries and corpus must have one floating-point dtype, "
-            f"got {queries.dtype} and {corpus.dtype}"
-        )
-    if queries.device != corpus.device:
-        raise ValueError(
-            f"{who}: queries and corpus must be on one device, "
-            f"got {queries.device} and {corpus.device}"
-        )
-    if not 1 <= k <= corpus.shape[0]:
-        raise ValueError(
-            f"{who}: k must be between 1 and the {corpus.shape[0]} rows of corpus, got {k}"
-        )
-    choice = resolve_backend(who, backend, queries.device, queries.dtype, H=1, otherwise="torch")
-    if choice.backend not in ("torch", "triton"):
-        raise ValueError(
-            f"{who}: backend must be auto, triton or torch, got {backend!r}; pass backend='torch'"
-        )
-    with torch.no_grad(), without_autocast(queries.device.type):
-        found: tuple[Tensor, Tensor] = _ops.manhattan_topk(queries, corpus, k, choice.backend)
-    return found
-
-
-def _factor(who: str, scale: float | Tensor, device: torch.device) -> float | Tensor:
-    """Return the factor on L1 as a float, or as a tensor without dimensions on a device."""
-    if isinstance(scale, Tensor):
-        if scale.numel() != 1:
-            raise ValueError(f"{who}: scale must have one element, got {list(scale.shape)}")
-        return scale.reshape(()).to(device)
-    if not 0 < scale < math.inf:
-        raise ValueError(f"{who}: scale must be positive and finite, got {scale}")
-    return float(scale)

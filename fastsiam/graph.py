@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastsiam._checks import as_tensor, check_tensor
+from fastsiam.checks import as_tensor, check_tensor
 from fastsiam.functional import Lengths
 
 __all__ = ["GraphedStep", "squared_error"]

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from numbers import Real
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Self, overload
 
 import torch
 from torch import Tensor
 
 from fastsiam.calibration import Calibration
 from fastsiam.device import UnavailableError, pick_device
-from fastsiam.functional import manhattan_topk
+from fastsiam.model_folder import Saved
 from fastsiam.modules import SiameseLSTM
-from fastsiam.saved import Saved
+from fastsiam.search import manhattan_topk
 from fastsiam.text.batches import ordered_batches
 from fastsiam.text.columns import check_range
 from fastsiam.text.vocabulary import Encoded, Vocabulary
@@ -198,11 +199,13 @@ class TextSiamese:
     def score(self, left: Encoded, right: Encoded, batch_size: int = 256) -> Tensor:
         """Score pairs whose words are ids already; otherwise like `similarity`."""
         scores = torch.empty(len(left.lengths), dtype=torch.float32, device="cpu")
-        for rows in _by_length(torch.maximum(left.lengths, right.lengths), batch_size):
-            (left_ids, left_lengths), (right_ids, right_lengths) = (
-                cut(side, rows, self.device) for side in (left, right)
-            )
-            scores[rows] = self._call(left_ids, right_ids, left_lengths, right_lengths)
+        longest = torch.maximum(left.lengths, right.lengths)
+        with self._prepared_for(left, right):
+            for rows in _by_length(longest, batch_size):
+                (left_ids, left_lengths), (right_ids, right_lengths) = (
+                    cut(side, rows, self.device) for side in (left, right)
+                )
+                scores[rows] = self._call(left_ids, right_ids, left_lengths, right_lengths)
         return scores
 
     def encode(self, sentences: Sequence[str], batch_size: int = 256) -> Tensor:
@@ -221,14 +224,13 @@ class TextSiamese:
             dtype=self.lstm.weight_hh_l0.dtype,
             device="cpu",
         )
-        for rows in _by_length(encoded.lengths, batch_size):
-            parts = [member.encode(*cut(encoded, rows, self.device)) for member in self.members]
-            if len(parts) > 1:
-                parts = [
-                    part * (_scale(member) / len(parts))
-                    for part, member in zip(parts, self.members, strict=True)
-                ]
-            vectors[rows] = torch.cat(parts, dim=1).to(vectors)
+        shares = [_scale(member) / len(self.members) for member in self.members]
+        with self._prepared_for(encoded):
+            for rows in _by_length(encoded.lengths, batch_size):
+                parts = [member.encode(*cut(encoded, rows, self.device)) for member in self.members]
+                if len(parts) > 1:
+                    parts = [part * share for part, share in zip(parts, shares, strict=True)]
+                vectors[rows] = torch.cat(parts, dim=1).to(vectors)
         return vectors
 
     @torch.no_grad()
@@ -344,6 +346,23 @@ class TextSiamese:
         for member, weights in zip(model.members, saved.members, strict=True):
             member.load_state_dict(weights, strict=False)
         return model
+
+    @contextmanager
+    def prepared(self) -> Iterator[Self]:
+        """Hold the projection of the whole vocabulary, as `SiameseLSTM.prepared` does.
+
+        Whoever scores or encodes sentences call by call is faster inside. One call with more words
+        than the vocabulary has does so by itself.
+        """
+        with ExitStack() as stack:
+            for member in self.members:
+                stack.enter_context(member.prepared())
+            yield self
+
+    def _prepared_for(self, *sides: Encoded) -> AbstractContextManager[object]:
+        """Return `prepared` where sentences have more words than the vocabulary."""
+        words = sum(int(side.lengths.sum()) for side in sides)
+        return self.prepared() if words > len(self.vocabulary) else nullcontext()
 
     def _call(self, *inputs: Tensor) -> Tensor:
         """Return the similarities of a batch, [B] float32 on the CPU."""

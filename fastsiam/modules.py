@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
-import os
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from fastsiam import _steps, functional
-from fastsiam._backend import BACKENDS
-from fastsiam._checks import GATES, POOLINGS, check_tensor
-from fastsiam._network import allows_tf32
-from fastsiam._packed import compute_dtype
-from fastsiam.functional import Lengths, Prepared, Weights
-from fastsiam.kernels._tiling import NARROW
-from fastsiam.kernels._tiling_wide import describe
+from fastsiam import functional
+from fastsiam.checks import POOLINGS, check_network, check_tensor, choice_of
+from fastsiam.engine.layer import GATES, Projection, Weights
+from fastsiam.engine.network import Network
+from fastsiam.engine.select import NAMES
+from fastsiam.engine.similarity import SIMILARITIES
+from fastsiam.functional import Lengths
 
-Network = TypeVar("Network", bound=nn.RNNBase)
+RNN = TypeVar("RNN", bound=nn.RNNBase)
 
 
 class _Siamese(nn.Module):
-    """What `SiameseLSTM` and `SiameseGRU` share: all but the cell's name."""
+    """The base of `SiameseLSTM` and `SiameseGRU`, which name the cell."""
 
     cell: str
     weight_ih_l0: nn.Parameter
@@ -46,6 +45,7 @@ class _Siamese(nn.Module):
         embedding: Tensor | nn.Embedding | None = None,
         freeze_embedding: bool = True,
         pooling: str = "last",
+        similarity: str = "manhattan",
         scale: float = 1.0,
         learn_scale: bool = False,
         recompute: bool = False,
@@ -64,18 +64,13 @@ class _Siamese(nn.Module):
         if dropout and num_layers == 1:
             warnings.warn(
                 f"{who}: dropout={dropout} acts between layers, and there is one layer",
-                stacklevel=3,
+                stacklevel=2,
             )
         if not (scale > 0 and math.isfinite(scale)):
             raise ValueError(f"{who}: scale must be positive and finite, got {scale}")
-        for name, value, allowed in (
-            ("pooling", pooling, POOLINGS),
-            ("backend", backend, BACKENDS),
-        ):
-            if value not in allowed:
-                raise ValueError(
-                    f"{who}: {name} must be one of {', '.join(allowed)}, got {value!r}"
-                )
+        choice_of(who, "pooling", pooling, POOLINGS)
+        choice_of(who, "similarity", similarity, SIMILARITIES)
+        choice_of(who, "backend", backend, NAMES)
         self.input_size = input_size
         self.hidden_size = hidden_size
         self.num_layers = num_layers
@@ -83,6 +78,7 @@ class _Siamese(nn.Module):
         self.dropout = dropout
         self.bidirectional = bidirectional
         self.pooling = pooling
+        self.similarity = similarity
         self.recompute = recompute
         self.backend = backend
         options: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -105,7 +101,7 @@ class _Siamese(nn.Module):
         else:
             self.register_parameter("log_scale", None)
         self.embedding = _own_embedding(who, embedding, freeze_embedding, self.weight_ih_l0)
-        self._cache = _PreparedCache()
+        self._projection = _Held()
 
     def reset_parameters(self) -> None:
         """Draw every weight and bias from U(-1/sqrt(H), 1/sqrt(H)), as nn.LSTM and nn.GRU do."""
@@ -114,18 +110,6 @@ class _Siamese(nn.Module):
             for parameter in weights:
                 if parameter is not None:
                     nn.init.uniform_(parameter, -bound, bound)
-
-    def train(self, mode: bool = True) -> Self:
-        """Set training mode as nn.Module does; a change of it drops the kept projection."""
-        if mode != self.training:
-            self.forget_projection()
-        return super().train(mode)
-
-    def _apply(self, *args: Any, **kwargs: Any) -> Self:
-        # by which a module goes to another device or dtype; nothing stays behind
-        self.forget_projection()
-        moved: Self = super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
-        return moved
 
     @property
     def scale(self) -> float | Tensor:
@@ -174,7 +158,10 @@ class _Siamese(nn.Module):
         right_mask: Tensor | None = None,
         validate: bool = False,
     ) -> Tensor:
-        """Return -scale * L1, [B] <= 0: the logarithm of `forward`, which does not underflow."""
+        """Return the logarithm of `forward`, [B] <= 0; arguments and errors are the same.
+
+        Of the Manhattan similarity it is -scale * L1, which does not underflow.
+        """
         return self._score(
             left, right, left_lengths, right_lengths, left_mask, right_mask, validate, log=True
         )
@@ -191,6 +178,10 @@ class _Siamese(nn.Module):
 
         Returns:
             [B, H], or [B, 2H] of a bidirectional module: forward, then reverse.
+
+        Raises:
+            TypeError: the input or the mask is no tensor, but an array or a list.
+            ValueError: an argument of the wrong shape, dtype, device or range.
         """
         weights, table = self._weights(), self._table()
         return functional.siamese_encode(
@@ -209,61 +200,60 @@ class _Siamese(nn.Module):
             validate=validate,
         )
 
-    def forget_projection(self) -> None:
-        """Project the embedding anew at the next call without gradients.
+    @contextmanager
+    def prepared(self) -> Iterator[Self]:
+        """Hold the projection of the whole embedding: calls without gradients inside share it.
 
-        To be called after a write to weights or embedding that PyTorch does not count: through
-        `.data`, through a numpy array that shares their memory, or by an optimizer with fused=True
-        after a call without gradients.
+        A call projects the distinct words that it reads. That is less work for one batch, and more
+        for many: inside `with model.prepared():` the first call without gradients projects all V
+        words, and the next ones read the result. It is made anew where a weight's version or memory
+        changed, and dropped by a call with gradients and at the end of the outermost `with`. During
+        the capture of a CUDA graph it is not used.
+
+        PyTorch does not count every write to a weight: not one through `.data` or through a numpy
+        array, nor a step of an optimizer with fused=True. Call `forget_projection` after such a
+        write.
+
+        Example:
+            with torch.no_grad(), model.prepared():
+                scores = [model(left, right) for left, right in batches]
         """
-        self._cache = _PreparedCache()
+        with self._projection.lock:
+            self._projection.holders += 1
+        try:
+            yield self
+        finally:
+            with self._projection.lock:
+                self._projection.holders -= 1
+                if not self._projection.holders:
+                    self.forget_projection()
+
+    def forget_projection(self) -> None:
+        """Drop the projection that `prepared` holds; the next call inside makes it anew."""
+        self._projection.made = None
 
     def explain(
         self,
         device: torch.device | str | None = None,
         *,
         pairs: int | None = None,
-        steps: int | None = None,
-        filled: float | None = None,
     ) -> str:
         """Say which backend a call takes, and why.
 
         Args:
             device: of the call; None: the parameters'.
-            pairs: of the call. "auto" goes by measurements where it knows a call's sizes, and by
-                its rule where these are not given; gradients on or off count too.
-            steps: of the longest sequence.
-            filled: share of all steps that is valid; None where lengths are on a GPU.
+            pairs: of the call. The rule of "auto" may depend on them, and on gradients on or off;
+                None: the answer names the number of pairs up to which it does.
 
         Raises:
             ValueError: the named backend cannot run there.
         """
         where = self.weight_hh_l0.device if device is None else torch.device(device)
-        backend, reason = functional.explain(
-            self._weights(),
-            where,
-            self.backend,
-            cell=self.cell,
-            sequences=None if pairs is None else 2 * pairs,
-            steps=steps,
-            filled=filled,
-            who=f"{type(self).__name__}.explain",
-        )
-        dtype, H = self.weight_hh_l0.dtype, self.hidden_size
-        loops = ""
-        there = where.type != "cuda" or torch.cuda.is_available()
-        if backend == "triton" and H > NARROW and pairs and there:
-            P = 2 if self.bidirectional else 1
-            loops = f", {describe(2 * pairs, P, H, dtype, allows_tf32(where), where)}"
-        if backend == "torch" and where.type == "cpu":
-            obstacle = _steps.obstacle(where, compute_dtype(dtype), H)
-            loops = (
-                f", step loops not compiled: {obstacle}" if obstacle else ", step loops compiled"
-            )
-        return (
-            f"{backend}: {reason} (H = {H}, "
-            f"{str(dtype).removeprefix('torch.')} on {where.type}{loops})"
-        )
+        who = f"{type(self).__name__}.explain"
+        sequences = None if pairs is None else 2 * pairs
+        backend, reason = self._network(who).choose(who, where, sequences)
+        dtype = str(self.weight_hh_l0.dtype).removeprefix("torch.")
+        return f"{backend.name}: {reason} (H = {self.hidden_size}, {dtype} on {where.type})"
 
     def extra_repr(self) -> str:
         """Return the options that repr shows."""
@@ -272,6 +262,9 @@ class _Siamese(nn.Module):
             f"num_layers={self.num_layers}" if self.num_layers > 1 else "",
             f"dropout={self.dropout:g}" if self.dropout else "",
             "bidirectional=True" if self.bidirectional else "",
+            f"similarity={self.similarity!r}" if self.similarity != "manhattan" else "",
+            "recompute=True" if self.recompute else "",
+            "freeze_embedding=False" if self._trains_embedding() else "",
         ]
         return ", ".join(
             [
@@ -308,6 +301,7 @@ class _Siamese(nn.Module):
             right_lengths=right_lengths,
             left_mask=left_mask,
             right_mask=right_mask,
+            similarity=self.similarity,
             scale=self.scale,
             log=log,
             backend=self.backend,
@@ -327,25 +321,53 @@ class _Siamese(nn.Module):
     def _table(self) -> Tensor | None:
         return None if self.embedding is None else self.embedding.weight
 
-    def _prepared(self, weights: list[Weights], table: Tensor | None) -> Prepared | None:
-        """Return the projected vocabulary where gradients are off: made once a weight version."""
-        if table is None or torch.compiler.is_exporting():
+    def _network(self, who: str) -> Network:
+        """Return the checked network, as `functional` makes it at each call."""
+        return check_network(
+            who,
+            self._weights(),
+            self.bidirectional,
+            cell=self.cell,
+            pooling=self.pooling,
+            dropout=self.dropout if self.training else 0.0,
+            recompute=self.recompute,
+            backend=self.backend,
+        )
+
+    def _trains_embedding(self) -> bool:
+        return self.embedding is not None and self.embedding.weight.requires_grad
+
+    def _prepared(self, weights: list[Weights], table: Tensor | None) -> Projection | None:
+        """Return the projection that `prepared` holds, made where there is none for the weights."""
+        held = self._projection
+        if not held.holders or table is None or torch.compiler.is_compiling():
             return None
         first_layer = weights[: 2 if self.bidirectional else 1]
-        tensors = [t for direction in first_layer for t in direction if t is not None]
-        tensors.append(table)
-        if not all(isinstance(t, nn.Parameter) for t in tensors):
-            # computed for this call: the next one has others
+        tensors = [*(t for direction in first_layer for t in direction if t is not None), table]
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            self.forget_projection()
             return None
-        if torch.is_grad_enabled():
-            if any(t.requires_grad for t in tensors):
-                # a step follows, and that of a fused optimizer raises no version counter
-                self.forget_projection()
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            # a graph keeps pointers, and a new projection would leave them behind
             return None
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-            # tensors without an address
+        if any(t.is_inference() or type(t) is not nn.Parameter for t in tensors):
+            # without a version, or computed for this call
             return None
-        return self._cache.get(tensors, first_layer, self.backend, self.cell)
+        autocast = torch.is_autocast_enabled(table.device.type)
+        parts = [(t.data_ptr(), t._version, t.dtype, t.shape, t.stride()) for t in tensors]
+        key = (self.backend, autocast and torch.get_autocast_dtype(table.device.type), *parts)
+        made = held.made
+        if made is None or made[0] != key:
+            value = functional.prepare(
+                first_layer,
+                table,
+                self.backend,
+                cell=self.cell,
+                bidirectional=self.bidirectional,
+            )
+            # the tensors stay, so that no other one can get their memory and their version
+            made = held.made = key, tensors, value
+        return made[2]
 
     @classmethod
     def _from_torch(cls, network: nn.RNNBase, who: str, options: dict[str, Any]) -> Self:
@@ -370,7 +392,7 @@ class _Siamese(nn.Module):
         made.load_state_dict({name: getattr(network, name) for name in own}, strict=False)
         return made
 
-    def _load_into(self, kind: Callable[..., Network]) -> Network:
+    def _load_into(self, kind: Callable[..., RNN]) -> RNN:
         """Return an nn.LSTM or nn.GRU (batch_first) with a copy of the weights."""
         weight = self.weight_hh_l0
         network = kind(
@@ -389,10 +411,11 @@ class _Siamese(nn.Module):
 
 
 class SiameseLSTM(_Siamese):
-    """Two sequences through one LSTM, scored by exp(-scale * L1) of their vectors.
+    """Two sequences through one LSTM, scored by the similarity of their vectors.
 
-    MaLSTM (Mueller and Thyagarajan, "Siamese Recurrent Architectures for Learning Sentence
-    Similarity", AAAI 2016). Parameters carry nn.LSTM's names, so its state_dict loads as it is.
+    With exp(-scale * L1), the default, this is MaLSTM (Mueller and Thyagarajan, "Siamese Recurrent
+    Architectures for Learning Sentence Similarity", AAAI 2016). Parameters carry nn.LSTM's names,
+    so the state_dict of an nn.LSTM loads into a module without embedding and learned scale.
 
     Args:
         input_size: D, features of a step.
@@ -411,21 +434,26 @@ class SiameseLSTM(_Siamese):
         freeze_embedding: whether the embedding does not train.
         pooling: "last", the state after the last step each direction reads; "mean" or "max" of each
             unit over the valid steps. A call may give masks instead.
+        similarity: "manhattan", exp(-scale * L1), or "cosine", (1 + cos) / 2, which has no scale.
         scale: factor on L1, > 0; 1 in the paper, a quarter scores higher on SICK.
         learn_scale: whether the factor trains; its logarithm is then the parameter `log_scale`.
         recompute: keep no activations for the backward, which runs the forward again, some thousand
             sequences at a time.
-        backend: "auto", "triton", "torch", "lstm" or "reference". A named one runs or raises.
+        backend: "auto"; "triton"; "torch", which is "cpu" (the compiled library) where that takes
+            the call and else "batched" (tensor operations); "lstm" (torch's own); "reference". A
+            named one runs or raises.
         device, dtype: of the parameters; float64, float32, float16 or bfloat16. On CUDA float32 is
             computed as nn.LSTM computes it: with 11 bits in products and activations where
             `torch.backends.cudnn.allow_tf32` is True, which is PyTorch's default; else fully.
 
-    Without gradients the projected embedding is kept from call to call until a weight changes, a
-    call is made with gradients or `train` or `eval` changes the mode. A write that raises no
-    version counter (through `.data`, an array that shares the memory or an optimizer with
-    fused=True) is seen on a CPU, in the weights (in every so many numbers of one that has more
-    than 65,536) and in the first column of the embedding (of some thousand rows where it has ten
-    thousand or more), and nowhere else; call `forget_projection` after it.
+    A call projects the distinct words that it reads. Inside `with model.prepared():` calls without
+    gradients share the projection of the whole embedding.
+
+    Example:
+        >>> model = SiameseLSTM(300, 50, embedding=torch.randn(1000, 300))
+        >>> left, right = torch.randint(1000, (2, 32, 7))
+        >>> model(left, right, left_lengths=[7] * 31 + [3]).shape
+        torch.Size([32])
 
     Raises:
         TypeError: the embedding is no tensor, but an array or a list.
@@ -449,11 +477,10 @@ class SiameseLSTM(_Siamese):
 
 
 class SiameseGRU(_Siamese):
-    """Two sequences through one GRU, scored by exp(-scale * L1) of their vectors.
+    """Two sequences through one GRU, scored by the similarity of their vectors.
 
-    Arguments and calls are those of `SiameseLSTM`, and so is `forget_projection` to be called after
-    a write through `.data`; equations, names and gate order (r, z, n) are those of nn.GRU, whose
-    reset gate acts after the product with the hidden state.
+    Arguments and calls are those of `SiameseLSTM`. Equations, names and gate order (r, z, n) are
+    those of nn.GRU, whose reset gate acts after the product with the hidden state.
 
     Raises:
         TypeError: the embedding is no tensor, but an array or a list.
@@ -472,78 +499,20 @@ class SiameseGRU(_Siamese):
         return self._load_into(nn.GRU)
 
 
-_MEMCMP = ctypes.CDLL(None).memcmp if os.name == "posix" else None
-if _MEMCMP is not None:
-    _MEMCMP.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
-
-
-class _PreparedCache:
-    """The last `functional.prepare` of a module, dropped when a weight changes.
-
-    In-place updates raise a tensor's version counter, but writes through `.data` do not. On the
-    CPU the weights are therefore compared with a copy at each call, and so is one number of each
-    row of the embedding, or of ten thousand rows where it has more; on CUDA, where that would
-    synchronise, version counters must do. Of a weight with more than `_WHOLE` numbers every so
-    many are compared: all of them would take as long as a few sentences.
-    """
+class _Held:
+    """The projection that `prepared` holds; a copy of a module holds none."""
 
     def __init__(self) -> None:
-        # key, tensors, what is watched of them and its copies, result: in one piece, since another
-        # thread may come in between. The tensors keep their memory, so that no other tensor has
-        # their addresses
-        self._kept: tuple[list[Any], list[Tensor], list[Tensor], list[Tensor], Prepared | None]
-        self._kept = ([], [], [], [], None)
+        self.lock = threading.RLock()
+        self.holders = 0
+        # what it was made for, the tensors, and the projection: one tuple, which threads share
+        self.made: tuple[tuple[Any, ...], list[Tensor], Projection | None] | None = None
 
-    def get(
-        self, tensors: list[Tensor], directions: list[Weights], backend: str, cell: str
-    ) -> Prepared | None:
-        """Return what `functional.prepare` makes of a layer, whose tensors end with the table."""
-        table = tensors[-1]
-        device = table.device.type
-        autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-        key: list[Any] = [backend, autocast]
-        for t in tensors:
-            # tensors made in inference mode have no version counter
-            version = None if t.is_inference() else t._version
-            if version is None and device != "cpu":
-                # nothing would show a change
-                return None
-            key += (t.data_ptr(), t.shape, t.stride(), t.dtype, t.device, version)
-        known, _, watched, copies, prepared = self._kept
-        if key != known or not all(map(_same_bytes, watched, copies)):
-            kept = [t.detach() for t in tensors]
-            some = kept[-1][:: 1 + table.shape[0] // 10_000, 0]
-            watched = [*map(_some, kept[:-1]), some] if device == "cpu" else []
-            copies = [t.clone() for t in watched]
-            prepared = functional.prepare(
-                directions, table, backend, cell=cell, bidirectional=len(directions) == 2
-            )
-            self._kept = (key, kept, watched, copies, prepared)
-        return prepared
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Held:
+        return _Held()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _PreparedCache:
-        return _PreparedCache()
-
-    def __reduce__(self) -> tuple[type[_PreparedCache], tuple[()]]:
-        return (_PreparedCache, ())
-
-
-_WHOLE = 2**16
-
-
-def _some(weight: Tensor) -> Tensor:
-    """Return a view of a weight's numbers, of some from all rows and columns where it has many."""
-    if weight.numel() <= _WHOLE or not weight.is_contiguous():
-        return weight
-    # odd, so that the numbers stand in other columns from row to row
-    return weight.flatten()[:: weight.numel() // _WHOLE * 2 + 1]
-
-
-def _same_bytes(one: Tensor, other: Tensor) -> bool:
-    """Compare CPU tensors of one shape and dtype: the C library is faster at it than PyTorch."""
-    if _MEMCMP is None or not (one.is_contiguous() and other.is_contiguous()):
-        return torch.equal(one, other)
-    return not _MEMCMP(one.data_ptr(), other.data_ptr(), one.nbytes)
+    def __reduce__(self) -> tuple[type[_Held], tuple[()]]:
+        return (_Held, ())
 
 
 def _own_embedding(

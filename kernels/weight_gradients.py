@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastsiam.kernels import _tiling
+from fastsiam.kernels import tiling
 
 # of a tile of the product: gate rows and columns; and of the tokens that it adds at a time, so many
 # steps of as many sequences as give TOKENS
@@ -239,10 +239,9 @@ def products_over_tokens(
     x: Tensor,
     ids: Tensor | None,
     lengths: Tensor,
-    factors: Tensor,
-    H: int,
-    gates: int,
     steps: int,
+    factors: Tensor,
+    weight_shape: tuple[int, int],
     allow_tf32: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of the weights from gate gradients by token.
@@ -253,15 +252,15 @@ def products_over_tokens(
         x: [R, D] in dgates' dtype.
         ids: [N, T] rows of x, or None where row n * T + t is the token's own.
         lengths: [N].
-        factors: [4] float32: what a stored gradient counts, gate by gate.
-        H: hidden size.
-        gates: of the weights, 4, or 3 in a GRU's.
         steps: T.
+        factors: [4] float32: what a stored gradient counts, gate by gate.
+        weight_shape: gates of the weights, 4, or 3 in a GRU's; and H.
         allow_tf32: whether float32 products may be rounded to tf32.
 
     Returns:
         dweight_ih [P, gates * H, D], dweight_hh [P, gates * H, H] and dbias [P, 4 * H].
     """
+    gates, H = weight_shape
     P, N, D, block = dgates.shape[0], lengths.shape[0], x.shape[1], dgates.shape[2]
     new = torch.zeros if N == 0 or steps == 0 else torch.empty
     dweight_ih, dweight_hh, dbias = (
@@ -270,12 +269,12 @@ def products_over_tokens(
     )
     if N == 0 or steps == 0:
         return dweight_ih, dweight_hh, dbias
-    target = _tiling.target_of(x.device)
-    how = _tiling.arithmetic(x.dtype, allow_tf32, target)
-    tall, wide = 4 * block // ROWS, _tiling.cdiv(block, COLUMNS) + _tiling.cdiv(D + 1, COLUMNS)
-    groups, times = _tiling.cdiv(N, TOKENS // STEPS), _tiling.cdiv(steps, STEPS)
-    parts = _tiling.parts_of_tokens(x.device, target, tall * wide * P, groups * times)
-    of_sequences = min(parts, _tiling.power_of_two_below(groups))
+    target = tiling.target_of(x.device)
+    how = tiling.arithmetic(x.dtype, allow_tf32, target)
+    tall, wide = 4 * block // ROWS, tiling.cdiv(block, COLUMNS) + tiling.cdiv(D + 1, COLUMNS)
+    groups, times = tiling.cdiv(N, TOKENS // STEPS), tiling.cdiv(steps, STEPS)
+    parts = tiling.parts_of_tokens(x.device, target, tall * wide * P, groups * times)
+    of_sequences = min(parts, tiling.power_of_two_below(groups))
     sums = x.new_empty((parts, P, 4 * block, wide * COLUMNS), dtype=torch.float32)
     _weight_gradients_kernel[(tall * wide, parts, P)](
         dgates_ptr=dgates,
@@ -297,10 +296,10 @@ def products_over_tokens(
         STEPS=STEPS,
         HAS_IDS=ids is not None,
         WIDEN=how.WIDEN,
-        PRECISION=_tiling.product_precision(x.dtype, allow_tf32, target),
+        PRECISION=tiling.product_precision(x.dtype, allow_tf32, target),
         num_warps=WARPS,
     )
-    _collect_kernel[(4 * P, wide, _tiling.cdiv(H, UNITS))](
+    _collect_kernel[(4 * P, wide, tiling.cdiv(H, UNITS))](
         sums_ptr=sums,
         factors_ptr=factors,
         dweight_ih_ptr=dweight_ih,

@@ -3,7 +3,7 @@
     python tests/aot.py [--quick] [--json FILE]
 
 prints a table and writes the rows as JSON. Exit status 1 where a promise is broken: a tile that
-`_tiling.py` offers does not fit its target or spills, or a step loop is longer than BOUNDS says.
+`tiling.py` offers does not fit its target or spills, or a step loop is longer than BOUNDS says.
 Triton brings ptxas, cuobjdump and nvdisasm; AMD's assembler prints its own counts.
 """
 
@@ -34,18 +34,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastsiam.kernels import _tiling, _tiling_wide, weight_gradients
-from fastsiam.kernels._math import in_triton
-from fastsiam.kernels._pack import COLUMNS, UNITS, WARPS, _pack_kernel
+from fastsiam.kernels import tiling, weight_gradients
+from fastsiam.kernels.pack import COLUMNS, UNITS, WARPS, _pack_kernel
 from fastsiam.kernels.pairwise import _manhattan_pairs_kernel
-from fastsiam.kernels.siamese_bwd import _siamese_bwd_kernel
-from fastsiam.kernels.siamese_fwd import _siamese_fwd_kernel
-from fastsiam.kernels.siamese_gru_bwd import _siamese_gru_bwd_kernel
-from fastsiam.kernels.siamese_gru_fwd import _siamese_gru_fwd_kernel
-from fastsiam.kernels.siamese_wide_bwd import _siamese_wide_bwd_kernel
-from fastsiam.kernels.siamese_wide_fwd import _score_kernel, _siamese_wide_fwd_kernel
+from fastsiam.kernels.recurrence_bwd import recurrence_bwd_kernel
+from fastsiam.kernels.recurrence_fwd import recurrence_fwd_kernel
+from fastsiam.kernels.tile import in_triton
+from fastsiam.kernels.wide_bwd import wide_bwd_kernel
+from fastsiam.kernels.wide_fwd import score_kernel, wide_fwd_kernel
 
-TARGETS = tuple(_tiling.SHARED_BYTES)
+TARGETS = tuple(tiling.SHARED_BYTES)
 DTYPES = ("bfloat16", "float16", "tf32", "float32")
 HIDDEN = (16, 50, 64, 100, 128, 256, 512, 1024)
 # sequences of a multiprocessor, by which tiles differ: one program has it, two of 4 sequences share
@@ -58,7 +56,6 @@ FEW, MANY = 256, 16384
 COMMON = {"DIRECTIONS": 1, "POOLING": "last", "PAIRED": True, "HAS_ORDER": False}
 PLAIN_FWD = COMMON | {
     "HAS_IDS": True,
-    "HAS_LEARNED_SCALE": False,
     "STORE_RECORDS": False,
     "STORE_OUTPUTS": False,
 }
@@ -95,58 +92,57 @@ COLLECT = {
 BOTH_WAYS = {"DIRECTIONS": 2}
 MAXIMUM = {"POOLING": "max"}
 MASKED = {"POOLING": "mask"}
-PLAIN = ("siamese_fwd", "siamese_fwd_train", "siamese_bwd")
-GRU = ("siamese_gru_fwd", "siamese_gru_fwd_train", "siamese_gru_bwd")
+PLAIN = ("lstm_fwd", "lstm_fwd_train", "lstm_bwd")
+GRU = ("gru_fwd", "gru_fwd_train", "gru_bwd")
+ALL_STATES = {"STORE_OUTPUTS": True}
+FORWARDS = {
+    "fwd": PLAIN_FWD,
+    "fwd_train": TRAIN,
+    "fwd_dense": PLAIN_FWD | {"HAS_IDS": False},
+    "fwd_mask": PLAIN_FWD | MASKED,
+    "fwd_grouped": PLAIN_FWD | {"HAS_ORDER": True},
+    "fwd_encode": PLAIN_FWD | {"PAIRED": False},
+    "fwd_both_ways": PLAIN_FWD | BOTH_WAYS,
+    "fwd_max": PLAIN_FWD | MAXIMUM,
+    "fwd_outputs": PLAIN_FWD | ALL_STATES,
+    "fwd_train_dense": TRAIN | {"HAS_IDS": False},
+    "fwd_train_mask": TRAIN | MASKED,
+    "fwd_train_both_ways": TRAIN | BOTH_WAYS,
+    "fwd_train_max": TRAIN | MAXIMUM,
+    "fwd_train_outputs": TRAIN | ALL_STATES,
+}
+BACKWARDS = {
+    "bwd": PLAIN_BWD,
+    "bwd_mask": PLAIN_BWD | MASKED,
+    "bwd_encode": ENCODE_BWD,
+    "bwd_both_ways": PLAIN_BWD | BOTH_WAYS,
+    "bwd_max": PLAIN_BWD | MAXIMUM,
+    "bwd_outputs": PLAIN_BWD | {"HAS_DOUTPUTS": True},
+}
+WIDE_FORWARDS = {
+    "fwd": PLAIN_FWD | {"HAS_ORDER": True},
+    "fwd_train": TRAIN | {"HAS_ORDER": True},
+    "fwd_train_max": TRAIN | BOTH_WAYS | MAXIMUM,
+    "fwd_outputs": PLAIN_FWD | ALL_STATES,
+}
+WIDE_BACKWARDS = {
+    "bwd": PLAIN_BWD | {"HAS_ORDER": True},
+    "bwd_outputs": PLAIN_BWD | BOTH_WAYS | MASKED | {"HAS_DOUTPUTS": True},
+}
 KERNELS = {
-    "siamese_fwd": (_siamese_fwd_kernel, PLAIN_FWD),
-    "siamese_fwd_train": (_siamese_fwd_kernel, TRAIN),
-    "siamese_bwd": (_siamese_bwd_kernel, PLAIN_BWD),
-    "siamese_fwd_dense": (_siamese_fwd_kernel, PLAIN_FWD | {"HAS_IDS": False}),
-    "siamese_fwd_mask": (_siamese_fwd_kernel, PLAIN_FWD | MASKED),
-    "siamese_fwd_grouped": (_siamese_fwd_kernel, PLAIN_FWD | {"HAS_ORDER": True}),
-    "siamese_fwd_encode": (_siamese_fwd_kernel, PLAIN_FWD | {"PAIRED": False}),
-    "siamese_fwd_train_dense": (_siamese_fwd_kernel, TRAIN | {"HAS_IDS": False}),
-    "siamese_fwd_train_mask": (_siamese_fwd_kernel, TRAIN | MASKED),
-    "siamese_fwd_train_learned": (_siamese_fwd_kernel, TRAIN | {"HAS_LEARNED_SCALE": True}),
-    "siamese_bwd_mask": (_siamese_bwd_kernel, PLAIN_BWD | MASKED),
-    "siamese_bwd_encode": (_siamese_bwd_kernel, ENCODE_BWD),
-    "siamese_fwd_both_ways": (_siamese_fwd_kernel, PLAIN_FWD | BOTH_WAYS),
-    "siamese_fwd_max": (_siamese_fwd_kernel, PLAIN_FWD | MAXIMUM),
-    "siamese_fwd_outputs": (_siamese_fwd_kernel, PLAIN_FWD | {"STORE_OUTPUTS": True}),
-    "siamese_fwd_train_both_ways": (_siamese_fwd_kernel, TRAIN | BOTH_WAYS),
-    "siamese_fwd_train_max": (_siamese_fwd_kernel, TRAIN | MAXIMUM),
-    "siamese_fwd_train_outputs": (_siamese_fwd_kernel, TRAIN | {"STORE_OUTPUTS": True}),
-    "siamese_bwd_both_ways": (_siamese_bwd_kernel, PLAIN_BWD | BOTH_WAYS),
-    "siamese_bwd_max": (_siamese_bwd_kernel, PLAIN_BWD | MAXIMUM),
-    "siamese_bwd_outputs": (_siamese_bwd_kernel, PLAIN_BWD | {"HAS_DOUTPUTS": True}),
-    "siamese_gru_fwd": (_siamese_gru_fwd_kernel, PLAIN_FWD),
-    "siamese_gru_fwd_train": (_siamese_gru_fwd_kernel, TRAIN),
-    "siamese_gru_bwd": (_siamese_gru_bwd_kernel, PLAIN_BWD),
-    "siamese_gru_fwd_both_ways": (_siamese_gru_fwd_kernel, PLAIN_FWD | BOTH_WAYS),
-    "siamese_gru_fwd_train_max": (_siamese_gru_fwd_kernel, TRAIN | MAXIMUM),
-    "siamese_gru_fwd_train_mask": (_siamese_gru_fwd_kernel, TRAIN | MASKED),
-    "siamese_gru_fwd_train_outputs": (_siamese_gru_fwd_kernel, TRAIN | {"STORE_OUTPUTS": True}),
-    "siamese_gru_bwd_both_ways": (_siamese_gru_bwd_kernel, PLAIN_BWD | BOTH_WAYS),
-    "siamese_gru_bwd_max": (_siamese_gru_bwd_kernel, PLAIN_BWD | MAXIMUM),
-    "siamese_gru_bwd_encode": (_siamese_gru_bwd_kernel, ENCODE_BWD),
-    "siamese_gru_bwd_outputs": (_siamese_gru_bwd_kernel, PLAIN_BWD | {"HAS_DOUTPUTS": True}),
     **{
-        f"{prefix}_{name}": (kernel, flags | {"CELL": cell})
-        for prefix, cell in (("siamese_wide", "lstm"), ("siamese_wide_gru", "gru"))
-        for name, (kernel, flags) in {
-            "fwd": (_siamese_wide_fwd_kernel, PLAIN_FWD | {"HAS_ORDER": True}),
-            "fwd_train": (_siamese_wide_fwd_kernel, TRAIN | {"HAS_ORDER": True}),
-            "bwd": (_siamese_wide_bwd_kernel, PLAIN_BWD | {"HAS_ORDER": True}),
-            "fwd_train_max": (_siamese_wide_fwd_kernel, TRAIN | BOTH_WAYS | MAXIMUM),
-            "fwd_outputs": (_siamese_wide_fwd_kernel, PLAIN_FWD | {"STORE_OUTPUTS": True}),
-            "bwd_outputs": (
-                _siamese_wide_bwd_kernel,
-                PLAIN_BWD | BOTH_WAYS | MASKED | {"HAS_DOUTPUTS": True},
-            ),
-        }.items()
+        f"{prefix}{cell}_{name}": (kernel, flags | {"CELL": cell})
+        for cell in ("lstm", "gru")
+        for prefix, kernel, variants in (
+            ("", recurrence_fwd_kernel, FORWARDS),
+            ("", recurrence_bwd_kernel, BACKWARDS),
+            ("wide_", wide_fwd_kernel, WIDE_FORWARDS),
+            ("wide_", wide_bwd_kernel, WIDE_BACKWARDS),
+        )
+        for name, flags in variants.items()
     },
     # without a loop
-    "score": (_score_kernel, {"PAIRED": True, "HAS_LEARNED_SCALE": True, "BLOCK_F": 512}),
+    "score": (score_kernel, {"PAIRED": True, "BLOCK_F": 512}),
     "pack": (_pack_kernel, PACK),
     "pack_train": (_pack_kernel, PACK | {"BACK": True}),
     "pack_gru": (_pack_kernel, PACK | {"GATES": 3}),
@@ -166,111 +162,104 @@ KERNELS = {
 # of the step loop on sm_90, with 8 sequences a program: kernel, dtype, block of H, warps, and
 # instructions of one warp at most
 BOUNDS_8 = {
-    ("siamese_fwd", "bfloat16", 64, 4): 110,
-    ("siamese_fwd", "bfloat16", 128, 8): 135,
-    ("siamese_fwd", "tf32", 64, 4): 110,
-    ("siamese_fwd", "tf32", 128, 8): 130,
-    ("siamese_fwd_train", "bfloat16", 64, 4): 175,
-    ("siamese_fwd_train", "bfloat16", 128, 8): 190,
-    ("siamese_fwd_train", "tf32", 64, 4): 150,
-    ("siamese_fwd_train", "tf32", 128, 8): 170,
-    ("siamese_bwd", "bfloat16", 64, 4): 175,
-    ("siamese_bwd", "bfloat16", 128, 8): 205,
-    ("siamese_bwd", "tf32", 64, 4): 175,
-    ("siamese_gru_fwd", "bfloat16", 64, 4): 103,
-    ("siamese_gru_fwd", "bfloat16", 128, 8): 135,
-    ("siamese_gru_fwd_train", "bfloat16", 64, 4): 155,
-    ("siamese_gru_fwd_train", "bfloat16", 128, 8): 175,
-    ("siamese_gru_bwd", "bfloat16", 64, 4): 175,
-    ("siamese_gru_bwd", "bfloat16", 128, 8): 205,
-    ("siamese_gru_bwd", "tf32", 64, 4): 195,
+    ("lstm_fwd", "bfloat16", 64, 4): 110,
+    ("lstm_fwd", "bfloat16", 128, 8): 135,
+    ("lstm_fwd", "tf32", 64, 4): 110,
+    ("lstm_fwd", "tf32", 128, 8): 130,
+    ("lstm_fwd_train", "bfloat16", 64, 4): 175,
+    ("lstm_fwd_train", "bfloat16", 128, 8): 190,
+    ("lstm_fwd_train", "tf32", 64, 4): 150,
+    ("lstm_fwd_train", "tf32", 128, 8): 170,
+    ("lstm_bwd", "bfloat16", 64, 4): 175,
+    ("lstm_bwd", "bfloat16", 128, 8): 205,
+    ("lstm_bwd", "tf32", 64, 4): 175,
+    ("gru_fwd", "bfloat16", 64, 4): 103,
+    ("gru_fwd", "bfloat16", 128, 8): 135,
+    ("gru_fwd_train", "bfloat16", 64, 4): 155,
+    ("gru_fwd_train", "bfloat16", 128, 8): 175,
+    ("gru_bwd", "bfloat16", 64, 4): 175,
+    ("gru_bwd", "bfloat16", 128, 8): 205,
+    ("gru_bwd", "tf32", 64, 4): 195,
     ("manhattan_pairs", "float32", 64, 4): 165,
     ("weight_gradients", "bfloat16", 128, 8): 100,
-    ("siamese_fwd", "float32", 64, 8): 230,
-    ("siamese_fwd", "float32", 128, 8): 490,
-    ("siamese_fwd_train", "float32", 64, 8): 258,
-    ("siamese_fwd_train", "float32", 128, 8): 540,
-    ("siamese_bwd", "tf32", 128, 8): 202,
-    ("siamese_bwd", "float32", 64, 4): 298,
-    ("siamese_bwd", "float32", 128, 8): 460,
-    ("siamese_gru_fwd_train", "tf32", 128, 8): 150,
-    ("siamese_gru_fwd_train", "float32", 128, 8): 425,
-    ("siamese_gru_bwd", "tf32", 128, 8): 182,
-    ("siamese_gru_bwd", "float32", 64, 4): 270,
-    ("siamese_gru_bwd", "float32", 128, 8): 355,
+    ("lstm_fwd", "float32", 64, 8): 230,
+    ("lstm_fwd", "float32", 128, 8): 490,
+    ("lstm_fwd_train", "float32", 64, 8): 258,
+    ("lstm_fwd_train", "float32", 128, 8): 540,
+    ("lstm_bwd", "tf32", 128, 8): 202,
+    ("lstm_bwd", "float32", 64, 4): 298,
+    ("lstm_bwd", "float32", 128, 8): 460,
+    ("gru_fwd_train", "tf32", 128, 8): 150,
+    ("gru_fwd_train", "float32", 128, 8): 425,
+    ("gru_bwd", "tf32", 128, 8): 182,
+    ("gru_bwd", "float32", 64, 4): 270,
+    ("gru_bwd", "float32", 128, 8): 355,
 }
 # the same with 4 sequences a program, where few share a multiprocessor
 BOUNDS_4 = {
-    ("siamese_fwd", "bfloat16", 64, 4): 80,
-    ("siamese_fwd", "bfloat16", 64, 8): 55,
-    ("siamese_fwd", "bfloat16", 128, 8): 102,
-    ("siamese_fwd", "float16", 64, 8): 55,
-    ("siamese_fwd", "tf32", 64, 4): 80,
-    ("siamese_fwd", "tf32", 64, 8): 54,
-    ("siamese_fwd", "tf32", 128, 8): 97,
-    ("siamese_fwd", "float32", 64, 8): 155,
-    ("siamese_fwd_train", "bfloat16", 64, 4): 124,
-    ("siamese_fwd_train", "bfloat16", 64, 8): 78,
-    ("siamese_fwd_train", "bfloat16", 128, 8): 142,
-    ("siamese_fwd_train", "tf32", 64, 4): 112,
-    ("siamese_fwd_train", "tf32", 64, 8): 72,
-    ("siamese_fwd_train", "tf32", 128, 8): 130,
-    ("siamese_fwd_train", "float32", 64, 8): 182,
-    ("siamese_bwd", "bfloat16", 64, 4): 116,
-    ("siamese_bwd", "bfloat16", 128, 8): 145,
-    ("siamese_bwd", "tf32", 64, 4): 132,
-    ("siamese_bwd", "tf32", 128, 8): 150,
-    ("siamese_fwd_mask", "bfloat16", 64, 8): 63,
-    ("siamese_fwd_both_ways", "bfloat16", 64, 8): 56,
-    ("siamese_fwd_max", "bfloat16", 64, 8): 56,
-    ("siamese_fwd_outputs", "bfloat16", 64, 8): 74,
-    ("siamese_fwd_train_mask", "bfloat16", 64, 8): 84,
-    ("siamese_fwd_train_both_ways", "bfloat16", 64, 8): 78,
-    ("siamese_fwd_train_max", "bfloat16", 64, 8): 79,
-    ("siamese_fwd_train_outputs", "bfloat16", 64, 8): 92,
-    ("siamese_bwd_mask", "bfloat16", 64, 4): 124,
-    ("siamese_bwd_both_ways", "bfloat16", 64, 4): 116,
-    ("siamese_bwd_max", "bfloat16", 64, 4): 116,
-    ("siamese_bwd_outputs", "bfloat16", 64, 4): 144,
-    ("siamese_gru_fwd", "bfloat16", 64, 4): 77,
-    ("siamese_gru_fwd", "bfloat16", 64, 8): 54,
-    ("siamese_gru_fwd", "bfloat16", 128, 8): 99,
-    ("siamese_gru_fwd", "tf32", 64, 8): 52,
-    ("siamese_gru_fwd_train", "bfloat16", 64, 4): 106,
-    ("siamese_gru_fwd_train", "bfloat16", 64, 8): 67,
-    ("siamese_gru_fwd_train", "bfloat16", 128, 8): 126,
-    ("siamese_gru_fwd_train", "tf32", 64, 8): 65,
-    ("siamese_gru_bwd", "bfloat16", 64, 4): 113,
-    ("siamese_gru_bwd", "bfloat16", 128, 8): 133,
-    ("siamese_gru_bwd", "tf32", 64, 4): 139,
-    ("siamese_gru_bwd", "tf32", 128, 8): 134,
+    ("lstm_fwd", "bfloat16", 64, 4): 80,
+    ("lstm_fwd", "bfloat16", 64, 8): 55,
+    ("lstm_fwd", "bfloat16", 128, 8): 102,
+    ("lstm_fwd", "float16", 64, 8): 55,
+    ("lstm_fwd", "tf32", 64, 4): 80,
+    ("lstm_fwd", "tf32", 64, 8): 54,
+    ("lstm_fwd", "tf32", 128, 8): 97,
+    ("lstm_fwd", "float32", 64, 8): 155,
+    ("lstm_fwd_train", "bfloat16", 64, 4): 124,
+    ("lstm_fwd_train", "bfloat16", 64, 8): 78,
+    ("lstm_fwd_train", "bfloat16", 128, 8): 142,
+    ("lstm_fwd_train", "tf32", 64, 4): 112,
+    ("lstm_fwd_train", "tf32", 64, 8): 72,
+    ("lstm_fwd_train", "tf32", 128, 8): 130,
+    ("lstm_fwd_train", "float32", 64, 8): 182,
+    ("lstm_bwd", "bfloat16", 64, 4): 116,
+    ("lstm_bwd", "bfloat16", 128, 8): 145,
+    ("lstm_bwd", "tf32", 64, 4): 132,
+    ("lstm_bwd", "tf32", 128, 8): 150,
+    ("lstm_fwd_mask", "bfloat16", 64, 8): 63,
+    ("lstm_fwd_both_ways", "bfloat16", 64, 8): 56,
+    ("lstm_fwd_max", "bfloat16", 64, 8): 56,
+    ("lstm_fwd_outputs", "bfloat16", 64, 8): 74,
+    ("lstm_fwd_train_mask", "bfloat16", 64, 8): 84,
+    ("lstm_fwd_train_both_ways", "bfloat16", 64, 8): 78,
+    ("lstm_fwd_train_max", "bfloat16", 64, 8): 79,
+    ("lstm_fwd_train_outputs", "bfloat16", 64, 8): 92,
+    ("lstm_bwd_mask", "bfloat16", 64, 4): 124,
+    ("lstm_bwd_both_ways", "bfloat16", 64, 4): 116,
+    ("lstm_bwd_max", "bfloat16", 64, 4): 116,
+    ("lstm_bwd_outputs", "bfloat16", 64, 4): 144,
+    ("gru_fwd", "bfloat16", 64, 4): 77,
+    ("gru_fwd", "bfloat16", 64, 8): 54,
+    ("gru_fwd", "bfloat16", 128, 8): 99,
+    ("gru_fwd", "tf32", 64, 8): 52,
+    ("gru_fwd_train", "bfloat16", 64, 4): 106,
+    ("gru_fwd_train", "bfloat16", 64, 8): 67,
+    ("gru_fwd_train", "bfloat16", 128, 8): 126,
+    ("gru_fwd_train", "tf32", 64, 8): 65,
+    ("gru_bwd", "bfloat16", 64, 4): 113,
+    ("gru_bwd", "bfloat16", 128, 8): 133,
+    ("gru_bwd", "tf32", 64, 4): 139,
+    ("gru_bwd", "tf32", 128, 8): 134,
 }
 # with 16, where programs queue or H is wide
 BOUNDS_16 = {
-    ("siamese_bwd", "bfloat16", 64, 4): 312,
-    ("siamese_bwd", "bfloat16", 128, 8): 345,
-    ("siamese_gru_bwd", "bfloat16", 64, 4): 300,
-    ("siamese_gru_bwd", "bfloat16", 128, 8): 330,
+    ("lstm_bwd", "bfloat16", 64, 4): 312,
+    ("lstm_bwd", "bfloat16", 128, 8): 345,
+    ("gru_bwd", "bfloat16", 64, 4): 300,
+    ("gru_bwd", "bfloat16", 128, 8): 330,
     # one launch, waiting included
-    ("siamese_wide_fwd", "bfloat16", 256, 4): 340,
-    ("siamese_wide_fwd_train", "bfloat16", 256, 4): 400,
-    ("siamese_wide_fwd_train", "tf32", 256, 4): 580,
-    ("siamese_wide_bwd", "bfloat16", 256, 4): 620,
-    ("siamese_wide_gru_fwd", "bfloat16", 256, 4): 332,
-    ("siamese_wide_gru_fwd_train", "bfloat16", 256, 4): 373,
-    ("siamese_wide_gru_fwd_train", "tf32", 256, 4): 554,
-    ("siamese_wide_gru_bwd", "bfloat16", 256, 4): 629,
+    ("wide_lstm_fwd", "bfloat16", 256, 4): 340,
+    ("wide_lstm_fwd_train", "bfloat16", 256, 4): 400,
+    ("wide_lstm_fwd_train", "tf32", 256, 4): 580,
+    ("wide_lstm_bwd", "bfloat16", 256, 4): 620,
+    ("wide_gru_fwd", "bfloat16", 256, 4): 332,
+    ("wide_gru_fwd_train", "bfloat16", 256, 4): 373,
+    ("wide_gru_fwd_train", "tf32", 256, 4): 554,
+    ("wide_gru_bwd", "bfloat16", 256, 4): 629,
 }
-# with 64, a launch a step: a piece of its product
-BOUNDS_64 = {
-    ("siamese_wide_fwd", "bfloat16", 1024, 8): 108,
-    ("siamese_wide_fwd_train", "bfloat16", 1024, 8): 107,
-    ("siamese_wide_bwd", "bfloat16", 1024, 8): 100,
-    ("siamese_wide_gru_fwd", "bfloat16", 1024, 8): 108,
-    ("siamese_wide_gru_fwd_train", "bfloat16", 1024, 8): 107,
-    ("siamese_wide_gru_bwd", "bfloat16", 1024, 8): 100,
-}
-BOUNDS_OF = {4: BOUNDS_4, 8: BOUNDS_8, 16: BOUNDS_16, 32: {}, 64: BOUNDS_64}
+BOUNDS_OF = {4: BOUNDS_4, 8: BOUNDS_8, 16: BOUNDS_16, 32: {}}
+# versions of the compiler differ by a few instructions
+SLACK = 1.05
 # where gate gradients are scaled for float16, their largest passes between warps
 SCALED_BARRIERS = 5
 # in one launch: three of the wait, one of the arrival, one of the product
@@ -288,12 +277,10 @@ LAYERS = {
     "weight_gradients_dense": weight_gradients.WARPS,
     "score": 4,
 }
-WIDE = ("siamese_wide_fwd", "siamese_wide_fwd_train", "siamese_wide_bwd")
-WIDE_GRU = tuple(kernel.replace("wide", "wide_gru") for kernel in WIDE)
+WIDE = ("wide_lstm_fwd", "wide_lstm_fwd_train", "wide_lstm_bwd")
+WIDE_GRU = tuple(kernel.replace("lstm", "gru") for kernel in WIDE)
 WIDE_VARIANTS = tuple(
-    kernel
-    for kernel in KERNELS
-    if kernel.startswith("siamese_wide") and kernel not in (*WIDE, *WIDE_GRU)
+    kernel for kernel in KERNELS if kernel.startswith("wide_") and kernel not in (*WIDE, *WIDE_GRU)
 )
 VARIANTS = tuple(
     kernel
@@ -307,12 +294,12 @@ _QUICK = {
     *itertools.product(PLAIN, TARGETS, ("bfloat16",), (128,)),
     *itertools.product(PLAIN[1:], TARGETS, ("tf32",), (64,)),
     *itertools.product(PLAIN[1:], ("sm_86", "sm_120"), ("float16",), (128,)),
-    ("siamese_fwd_train", "sm_86", "float32", 128),
+    ("lstm_fwd_train", "sm_86", "float32", 128),
     *itertools.product(PLAIN, ("sm_90",), ("tf32", "float32"), (64, 128)),
-    ("siamese_bwd", "gfx942", "float32", 64),
+    ("lstm_bwd", "gfx942", "float32", 64),
     *itertools.product(GRU, ("sm_90",), ("bfloat16", "tf32"), (64, 128)),
     *itertools.product(GRU[1:], ("sm_90",), ("float32",), (128,)),
-    ("siamese_gru_bwd", "sm_90", "float32", 64),
+    ("gru_bwd", "sm_90", "float32", 64),
     *itertools.product(GRU[1:], ("sm_86",), ("bfloat16",), (128,)),
 }
 
@@ -323,8 +310,8 @@ class Job(NamedTuple):
     kernel: str
     target: str
     dtype: str
-    tile: _tiling.Tile
-    wide: _tiling_wide.WideTile | None = None
+    tile: tiling.Tile
+    wide: tiling.WideTile | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -347,10 +334,10 @@ class Row:
     loop_shared_loads: int | None = None  # h alone where registers hold W_hh
 
 
-def tile_of(kernel: str, H: int, dtype: str, target: str, load: int) -> _tiling.Tile:
-    """Return the tile that `_tiling.py` gives where a multiprocessor gets `load` sequences."""
+def tile_of(kernel: str, H: int, dtype: str, target: str, load: int) -> tiling.Tile:
+    """Return the tile that `tiling.py` gives where a multiprocessor gets `load` sequences."""
     how = arithmetic(dtype, target)
-    choose = _tiling.backward_tile if "_bwd" in kernel else _tiling.forward_tile
+    choose = tiling.backward_tile if "_bwd" in kernel else tiling.forward_tile
     tile = choose(H, torch_dtype(dtype), how, target, load)
     warps = LAYERS.get(kernel, 4 if kernel == "manhattan_pairs" else tile.num_warps)
     return tile._replace(num_warps=warps)
@@ -362,24 +349,25 @@ def torch_dtype(dtype: str) -> torch.dtype:
     return made
 
 
-def wide_job(kernel: str, target: str, dtype: str, H: int, N: int) -> Job:
-    """Return a job with the tile that `_tiling_wide.py` gives to N sequences."""
-    back = "_bwd" in kernel
-    choose = _tiling_wide.backward_tile if back else _tiling_wide.forward_tile
-    P = KERNELS[kernel][1]["DIRECTIONS"]
-    operand = torch_dtype(dtype)
-    wide = choose(N, P, H, operand, precision(dtype, target), target, MULTIPROCESSORS)
-    stream = not wide.resident
-    tile = _tiling.Tile(H, wide.sequences, wide.num_warps, stream, operand, parts=1)
+def wide_job(kernel: str, target: str, dtype: str, H: int, N: int) -> Job | None:
+    """Return a job with the tile that `tiling.py` gives to N sequences, if it gives one."""
+    choose = tiling.wide_backward_tile if "_bwd" in kernel else tiling.wide_forward_tile
+    if precision(dtype, target) == "tf32x3":
+        return None
+    P, operand = KERNELS[kernel][1]["DIRECTIONS"], torch_dtype(dtype)
+    wide = choose(N, P, H, operand, target, MULTIPROCESSORS)
+    if wide is None:
+        return None
+    tile = tiling.Tile(H, wide.sequences, wide.num_warps, False, operand, parts=1)
     return Job(kernel, target, dtype, tile, wide)
 
 
 def precision(dtype: str, target: str) -> str:
-    return _tiling.product_precision(torch_dtype(dtype), dtype == "tf32", target)
+    return tiling.product_precision(torch_dtype(dtype), dtype == "tf32", target)
 
 
-def arithmetic(dtype: str, target: str) -> _tiling.Arithmetic:
-    return _tiling.arithmetic(torch_dtype(dtype), dtype == "tf32", target)
+def arithmetic(dtype: str, target: str) -> tiling.Arithmetic:
+    return tiling.arithmetic(torch_dtype(dtype), dtype == "tf32", target)
 
 
 def compile_job(job: Job) -> Any:
@@ -435,19 +423,18 @@ def compile_job(job: Job) -> Any:
     }
     options = {"num_warps": job.tile.num_warps}
     if backward and job.wide is None:
-        options |= _tiling.all_registers(job.target)
+        options |= tiling.all_registers(job.target)
     elif "STORE_RECORDS" in flags and job.wide is None:
         has_ids, store_records = flags["HAS_IDS"], flags["STORE_RECORDS"]
-        options |= _tiling.forward_options(job.target, has_ids, store_records)
+        options |= tiling.forward_options(job.target, has_ids, store_records)
     if job.wide is not None:
         types["weight_ptr"] = element
         constants |= {
             "UNITS": job.wide.units,
             "BLOCK_K": job.wide.block_k,
-            "RESIDENT": job.wide.resident,
             "PRECISION": precision(job.dtype, job.target),
         }
-        options["num_stages"] = job.wide.num_stages
+        options["num_stages"] = 1
     signature = {}
     for name in function.arg_names:
         if name in constants:
@@ -499,7 +486,7 @@ def measure(job: Job) -> Row:
 def rows_for(job: Job, hidden: tuple[int, ...] = HIDDEN) -> list[Row]:
     """Return a row for each hidden size that this tile serves: H is no compile-time constant."""
     row = measure(job)
-    served = [H for H in hidden if _tiling.block_h(H) == job.tile.block_h]
+    served = [H for H in hidden if tiling.block_h(H) == job.tile.block_h]
     return [dataclasses.replace(row, H=H) for H in served]
 
 
@@ -554,11 +541,10 @@ def wide_jobs(quick: bool) -> list[Job]:
     plan: list[tuple[str, str, str, int, int]] = []
     targets = ("sm_80", "sm_120") if quick else ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
     for kernel in (*WIDE, *WIDE_GRU):
-        plan += [(kernel, "sm_90", "bfloat16", H, N) for H, N in ((256, FEW), (1024, MANY))]
-        plan.append((kernel, "sm_90", "float32", 1024, MANY))
+        plan += [(kernel, "sm_90", "bfloat16", 256, N) for N in (FEW, MANY)]
         plan += [(kernel, target, "bfloat16", 256, FEW) for target in targets]
     if not quick:
-        shapes = ((256, FEW), (512, FEW), (1024, MANY))
+        shapes = ((256, FEW), (512, FEW), (512, MANY))
         plan += [
             (kernel, target, dtype, *shape)
             for kernel, target, dtype, shape in itertools.product(
@@ -568,15 +554,15 @@ def wide_jobs(quick: bool) -> list[Job]:
     plan += [(kernel, "sm_90", "bfloat16", 512, FEW) for kernel in (WIDE[0], WIDE_GRU[0])]
     plan += [(kernel, "sm_90", "tf32", 256, FEW) for kernel in (WIDE[1], WIDE_GRU[1])]
     plan += [(kernel, "sm_90", "bfloat16", 256, FEW) for kernel in WIDE_VARIANTS]
-    jobs = [wide_job(*shape) for shape in plan]
+    jobs = {wide_job(*shape) for shape in plan} - {None}
     # unlike batches may have one tile
     return list(dict.fromkeys(job._replace(wide=job.wide._replace(groups=1)) for job in jobs))
 
 
 def barriers_of(kernel: str, dtype: str, H: int) -> int:
     """Return how many barriers a step may have."""
-    if kernel.startswith("siamese_wide"):
-        return WAITING_BARRIERS if H < 1024 else 2
+    if kernel.startswith("wide_"):
+        return WAITING_BARRIERS
     scaled = "_bwd" in kernel and (dtype == "float32" or (dtype == "tf32" and H > 64))
     return SCALED_BARRIERS if scaled else 2
 
@@ -584,21 +570,21 @@ def barriers_of(kernel: str, dtype: str, H: int) -> int:
 def faults(row: Row) -> list[str]:
     """Return what is promised of a row and does not hold."""
     found = []
-    limit = _tiling.SHARED_BYTES[row.target]
+    limit = tiling.SHARED_BYTES[row.target]
     if row.shared_bytes > limit:
         found.append(f"{row.shared_bytes} bytes of shared memory, {limit} there")
     # streamed on AMD, three products a step leave too few registers; elsewhere a few bytes of what
     # the loop has no use for may wait in memory until its end
     promised = not (row.streamed and row.target.startswith("gfx"))
     # what a wide kernel carries from step to step waits for the product's end, in its inner loop
-    outside = 192 if row.kernel.startswith("siamese_wide") else 16
+    outside = 192 if row.kernel.startswith("wide_") else 16
     if promised and (row.spill_bytes > outside or row.loop_spills):
         found.append(f"{row.spill_bytes} bytes of spilled registers")
     bound = BOUNDS_OF[row.sequences].get((row.kernel, row.dtype, row.H, row.num_warps))
     if bound is not None and row.target == "sm_90":
         length, barriers = row.loop_instructions, row.loop_barriers
         most = barriers_of(row.kernel, row.dtype, row.H)
-        if length is None or barriers is None or length > bound or barriers > most:
+        if length is None or barriers is None or length > SLACK * bound or barriers > most:
             found.append(
                 f"{length} instructions, {barriers} barriers a step; {bound}, {most} promised"
             )

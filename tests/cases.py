@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastsiam import reference
+from fastsiam.engine import reference
 from fastsiam.functional import Weights, siamese_encode, siamese_similarity
 
 # conftest.py decides it

@@ -1,156 +1,127 @@
-"""What "auto" picks: its rule, and the measurement nearest to a call where there is one."""
+"""What "auto" picks, and that a call takes what `explain` says."""
 
 import pytest
 import torch
 
-from fastsiam import SiameseLSTM, _measured, _network
-from fastsiam._backend import resolve_backend
-from fastsiam._measured import Call, Row, nearest
+from fastsiam import SiameseLSTM
+from fastsiam.engine import select
+from fastsiam.engine.layer import Backend, Call
+from fastsiam.engine.select import BACKENDS, choose
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-GPU = "Some GPU"
-FEW = Row("lstm", "float32", False, 1, 64, 2, 64, 1.0, "torch", 0.5)
-FEW_SHORT = FEW._replace(filled=0.25, ratio=0.8)
-MANY = FEW._replace(sequences=512, ratio=4.0)
-TWO_THREADS = FEW._replace(threads=2, ratio=1.5)
-TRAINING = FEW._replace(training=True, ratio=0.4)
-ON_GPU = FEW._replace(other="triton", sequences=64, ratio=2.0)
-ON_GPU_LARGE = ON_GPU._replace(sequences=2048, ratio=0.9)
-ON_GPU_LARGE_SHORT = ON_GPU_LARGE._replace(filled=0.25, ratio=3.0)
-ON_GPU_WIDE = ON_GPU._replace(H=256, sequences=512, ratio=1.2)
-ON_GPU_WIDEST = ON_GPU_WIDE._replace(H=1024, ratio=0.7)
-CALL = Call(*FEW[:8])
+HAS_LIBRARY = not BACKENDS["cpu"].obstacle(Call("lstm", 1, torch.float32, CPU, False))
+OURS = "cpu" if HAS_LIBRARY else "batched"
 
 
-@pytest.fixture(autouse=True)
-def measurements(monkeypatch):
-    on_cpu = [FEW, FEW_SHORT, MANY, TWO_THREADS, TRAINING]
-    rows = {
-        "cpu": on_cpu,
-        "cpu without compiled steps": on_cpu,
-        GPU: [ON_GPU, ON_GPU_LARGE, ON_GPU_LARGE_SHORT, ON_GPU_WIDE, ON_GPU_WIDEST],
-    }
-    monkeypatch.setattr(_measured, "table", lambda: rows)
-    _measured._nearest.cache_clear()
-    yield
-    _measured._nearest.cache_clear()
-
-
-@pytest.mark.parametrize(
-    ("changes", "row"),
-    [
-        ({}, FEW),
-        ({"H": 50, "sequences": 3, "steps": 50}, FEW),
-        ({"filled": 0.2}, FEW_SHORT),
-        ({"sequences": 300}, MANY),
-        ({"sequences": 1000000, "steps": 1, "H": 1}, MANY),
-        ({"threads": 2}, TWO_THREADS),
-        ({"threads": 64}, TWO_THREADS),
-        ({"training": True, "sequences": 512}, TRAINING),
-        ({"filled": 0.0}, FEW_SHORT),
-        # nn.LSTM has to win whatever the lengths are
-        ({"filled": None}, FEW_SHORT),
-        ({"cell": "gru"}, None),
-        ({"dtype": "float64"}, None),
-    ],
-    ids=str,
-)
-def test_the_nearest_measurement(changes, row):
-    assert nearest("cpu", CALL._replace(**changes)) == row
-    assert nearest("another GPU", CALL._replace(**changes)) is None
-
-
-def resolve(device, call=None, **options):
-    return resolve_backend("f", "auto", device, torch.float32, 64, call, **options)
+def picked(device=CPU, cell="lstm", H=64, dtype=torch.float32, training=False, sequences=512):
+    choice = choose("f", "auto", Call(cell, H, dtype, device, training, sequences))
+    assert choice.reason
+    return choice.backend.name
 
 
 def test_auto_on_the_cpu():
-    assert resolve(CPU).backend == "torch"
-    backend, reason = resolve(CPU, CALL, machine="cpu")
-    assert backend == "lstm"
-    assert reason.startswith("nn.LSTM took 0.50 times as long as torch in the nearest measurement")
-    assert reason.endswith("(scoring, H = 64, 2 sequences of up to 64 steps, 100% filled)")
-    backend, reason = resolve(CPU, CALL._replace(sequences=512), machine="cpu")
-    assert backend == "torch"
-    assert "nn.LSTM took 4.0 times as long as torch" in reason
+    assert picked() == picked(training=True) == picked(sequences=None) == OURS
+    assert picked(dtype=torch.float64) == picked(dtype=torch.bfloat16, training=True) == "batched"
+    # there torch's own recurrence is faster
+    assert picked(H=256, training=True, sequences=16) == "lstm"
+    assert picked(H=1024, sequences=32) == "lstm"
+    # the GRU was never slower, and float64 was not measured
+    assert picked(H=256, training=True, sequences=16, cell="gru") == OURS
+    assert picked(H=1024, sequences=32, dtype=torch.float64) == "batched"
+    # one more sequence
+    assert picked(H=256, training=True, sequences=17) == OURS
+    assert picked(H=1024, sequences=33) == "batched"
 
 
-def test_auto_on_a_gpu(triton):
-    assert resolve(CUDA, CALL).backend == "triton"
-    assert resolve(CUDA, CALL, machine="another GPU").backend == "triton"
-    few, many = (CALL._replace(sequences=n, filled=None) for n in (64, 2048))
-    assert resolve(CUDA, few, machine=GPU).backend == "triton"
-    # of full batches nn.LSTM won, of others it lost
-    backend, reason = resolve(CUDA, many, machine=GPU)
-    assert backend == "triton"
-    assert "nn.LSTM took 3.0 times as long as triton" in reason
-    assert resolve(CUDA, many._replace(filled=1.0), machine=GPU).backend == "lstm"
+def test_auto_on_a_gpu(triton, monkeypatch):
+    from fastsiam.kernels import tiling
+
+    monkeypatch.setattr(tiling, "target_of", lambda _: "sm_90")
+    monkeypatch.setattr(tiling, "multiprocessors", lambda *_: 132)
+    assert picked(CUDA) == picked(CUDA, H=128, training=True) == "triton"
+    assert picked(CUDA, dtype=torch.float64) == "lstm"
+    assert picked(CUDA, H=129) == "lstm"
 
 
-def test_auto_on_a_gpu_where_the_kernels_do_not_run():
-    for dtype, H in ((torch.float64, 64), (torch.float32, 129)):
-        choice = resolve_backend("f", "auto", CUDA, dtype, H)
-        assert choice.backend == "lstm"
-        assert resolve_backend("f", "auto", CUDA, dtype, H, otherwise="torch").backend == "torch"
-
-
-def test_auto_on_a_gpu_above_the_narrow_hidden_sizes(triton):
-    """cuDNN, unless triton was measured to be faster: at such an H, not at a narrow one."""
-
-    def resolve_wide(H, machine, cell="lstm"):
-        call = CALL._replace(H=H, cell=cell)
-        return resolve_backend("f", "auto", CUDA, torch.float32, H, call, machine)
-
-    backend, reason = resolve_wide(256, machine="another GPU")
-    assert backend == "lstm"
-    assert reason.startswith("H is above 128")
-    for H in (129, 200, 256, 400):
-        backend, reason = resolve_wide(H, machine=GPU)
-        assert backend == "triton"
-        assert "nn.LSTM took 1.2 times as long as triton" in reason
-    assert resolve_wide(1024, machine=GPU).backend == "lstm"
-    assert resolve_wide(128, machine=GPU).reason.endswith(
-        "H = 64, 64 sequences of up to 64 steps, 100% filled)"
-    )
-    # the GRU was not measured
-    assert resolve_wide(200, machine=GPU, cell="gru").reason.startswith("H is above 128")
-    assert resolve_wide(2049, machine=GPU).reason.startswith("H must be at most 2048")
-
-
-@pytest.mark.parametrize("backend", ["torch", "reference", "lstm"])
-def test_a_named_backend_is_not_measured(backend):
-    choice = resolve_backend("f", backend, CPU, torch.float32, 64, CALL)
-    assert choice == (backend, "named by the caller")
-
-
-def test_a_call_takes_what_explain_says(monkeypatch):
-    """One pair alone goes to nn.LSTM, cut to its longest sentence; 256 pairs do not."""
-    asked = []
-
-    def run(*arguments):
-        asked.append(arguments[2].shape)
-        return real(*arguments)
-
-    real = _network._plain_layer
-    monkeypatch.setattr(_network, "_plain_layer", run)
-    torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def test_auto_without_triton(monkeypatch):
+    monkeypatch.setattr(select, "HAS_TRITON", False)
+    select._automatic.cache_clear()
     try:
-        m = SiameseLSTM(5, 64)
-        for pairs, backend in ((1, "lstm"), (256, "torch")):
-            x = torch.randn(pairs, 60, 5)
-            lengths = [40] * pairs
-            asked.clear()
-            with torch.no_grad():
-                m(x, x, lengths, lengths)
-                assert m.explain(pairs=pairs, steps=40, filled=1.0).startswith(f"{backend}: ")
-            assert asked == ([(2, 40, 5)] if backend == "lstm" else [])
-        # with gradients it is another measurement
-        assert "0.40 times" in m.explain(pairs=1, steps=40, filled=1.0)
-        assert m.explain().startswith("torch: ")
+        assert picked(CUDA) == "lstm"
+        with pytest.raises(ImportError, match="f: backend 'triton' needs the package triton"):
+            choose("f", "triton", Call("lstm", 64, torch.float32, CUDA, False))
     finally:
-        torch.set_num_threads(threads)
+        select._automatic.cache_clear()
+
+
+def test_a_named_backend_runs_or_raises():
+    call = Call("lstm", 64, torch.float32, CPU, False)
+    for name in ("batched", "lstm", "reference"):
+        assert choose("f", name, call) == (BACKENDS[name], "named by the caller")
+    assert choose("f", "torch", call).backend.name == OURS
+    double = Call("lstm", 64, torch.float64, CPU, False)
+    assert choose("f", "torch", double).backend.name == "batched"
+    with pytest.raises(ValueError, match=r"^f: the compiled library takes float32.*got|float64"):
+        choose("f", "cpu", double)
+    with pytest.raises(ValueError, match="f: backend must be one of auto, torch, triton, cpu, "):
+        choose("f", "keras", call)
+
+
+def test_triton_names_its_limit(triton, monkeypatch):
+    from fastsiam.kernels import tiling
+
+    monkeypatch.setattr(tiling, "target_of", lambda _: "sm_90")
+    monkeypatch.setattr(tiling, "multiprocessors", lambda *_: 132)
+    for dtype, training, limit in (
+        (torch.bfloat16, False, 512),
+        (torch.bfloat16, True, 256),
+        (torch.float32, False, 128),
+    ):
+        fits, does_not = (Call("lstm", H, dtype, CUDA, training) for H in (limit, limit + 1))
+        assert choose("f", "triton", fits).backend.name == "triton"
+        with pytest.raises(ValueError, match=f"f: H must be at most {limit} for .*got {limit + 1}"):
+            choose("f", "triton", does_not)
+
+
+class Watched(Backend):
+    """Notes whether a backend ran."""
+
+    def __init__(self, backend, seen):
+        self.backend, self.seen = backend, seen
+        self.name, self.composite = backend.name, backend.composite
+
+    def obstacle(self, call):
+        return self.backend.obstacle(call)
+
+    def __getattribute__(self, name):
+        if name in ("run", "infer", "forward"):
+            self.seen.add(self.name)
+        if name in ("run", "infer", "forward", "project", "backward"):
+            return getattr(self.backend, name)
+        return object.__getattribute__(self, name)
+
+
+@pytest.mark.parametrize("H", [8, 256])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", ["auto", "torch", "batched", "lstm", "reference"])
+def test_a_call_takes_what_explain_says(monkeypatch, name, training, H):
+    seen = set()
+    for each in ("CPU", "BATCHED", "NATIVE", "REFERENCE"):
+        monkeypatch.setattr(select, each, Watched(getattr(select, each), seen))
+    watched = {n: Watched(backend, seen) for n, backend in BACKENDS.items()}
+    monkeypatch.setattr(select, "BACKENDS", watched)
+    select._automatic.cache_clear()
+    m = SiameseLSTM(3, H, backend=name)
+    try:
+        for pairs in (1, 20):
+            x = torch.randn(pairs, 4, 3)
+            seen.clear()
+            with torch.set_grad_enabled(training):
+                m(x, x)
+                assert m.explain(pairs=pairs).split(":")[0] in seen
+            assert len(seen) == 1
+    finally:
+        select._automatic.cache_clear()
 
 
 def test_lengths_of_zero_and_padding_that_is_cut():

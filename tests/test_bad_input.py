@@ -10,7 +10,8 @@ import torch
 from cases import DEVICE
 from torch import nn
 
-from fastsiam import SiameseLSTM, _backend
+from fastsiam import SiameseLSTM
+from fastsiam.engine import select
 from fastsiam.functional import (
     Weights,
     manhattan_similarity,
@@ -445,7 +446,7 @@ def test_unchecked_values_are_clamped_on_cuda(triton):
 @pytest.mark.parametrize(
     ("H", "dtype", "message"),
     [
-        (2049, torch.float32, "H must be at most 2048 for backend 'triton', got 2049"),
+        (129, torch.float32, "H must be at most 128 for backend 'triton' in .*, got 129"),
         (16, torch.float64, "dtype must be float32, .* for backend 'triton', got torch.float64"),
     ],
     ids=["H", "dtype"],
@@ -457,13 +458,14 @@ def test_triton_says_what_it_does_not_cover(triton, H, dtype, message):
         with pytest.raises(ValueError, match=f"{message}; pass backend='torch'"):
             call()
     m.backend = "auto"
-    assert m.explain().startswith("torch: " if DEVICE == "cpu" else "lstm: ")
+    assert m.explain().startswith(("cpu: ", "batched: ") if DEVICE == "cpu" else "lstm: ")
     torch.testing.assert_close(m(t, t), torch.ones_like(m(t, t)))
 
 
 OUTSIDE = """
 import torch
 from fastsiam import SiameseLSTM
+from fastsiam.engine import select
 m = SiameseLSTM(5, 6, backend="triton")
 x = torch.zeros(3, 4, 5)
 for call in (lambda: m(x, x), m.explain):
@@ -489,11 +491,11 @@ def test_outside_the_interpreter(triton):
         assert "backend 'triton' needs CUDA tensors, got cpu" in line
         assert "TRITON_INTERPRET=1" in line
         assert line.endswith("pass backend='torch'")
-    assert auto.startswith("torch: inputs are on cpu")
+    assert auto.startswith("cpu: inputs are on cpu")
 
 
 def test_without_triton(monkeypatch):
-    monkeypatch.setattr(_backend, "HAS_TRITON", False)
+    monkeypatch.setattr(select, "HAS_TRITON", False)
     m = dense(backend="triton")
     with pytest.raises(ImportError, match=r"pip install triton .*, or pass backend='torch'"):
         m(x(), x())

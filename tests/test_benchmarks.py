@@ -13,10 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import accuracy, auto, clock, report, results
+from benchmarks import accuracy, clock, report, results
 from benchmarks.baselines import CONTENDERS, MAIN_RIVAL, build
 from benchmarks.cases import CPU_CASES, GPU_CASES, Batch, Case, sick_lengths
-from fastsiam import _measured
 from fastsiam.graph import WARMUP
 
 ROOT = Path(__file__).parents[1]
@@ -235,37 +234,6 @@ def test_results_of_another_commit_are_replaced(tmp_path):
     assert results.load(file)["rows"] == [row | {"median_s": 2.0}, other]
     results.save(file, {"commit": "2"}, [other])
     assert results.load(file) == {"machine": {"commit": "2"}, "rows": [other]}
-
-
-def test_measurements_for_auto(tmp_path, monkeypatch):
-    """What is measured is what the library looks up; another device's part stays."""
-    file = tmp_path / "measured.json"
-    shape = {"H": 5, "D": 300, "T": 73, "lengths": "sick"}
-    row, call_s = auto.compare(Case("", B=2, **shape), "scoring", auto.QUICK, CPU)
-    assert call_s > 0
-    assert (row.H, row.sequences, row.training, row.other) == (5, 4, False, "torch")
-    assert 3 <= row.steps <= 36
-    assert 0 < row.filled <= 1
-    auto.save(file, "Some GPU", [row._replace(ratio=0.5)])
-    auto.save(file, "cpu", [row, row._replace(sequences=2)])
-    _measured.table.cache_clear()
-    monkeypatch.setattr(_measured.resources, "files", lambda _: tmp_path)
-    try:
-        assert _measured.table() == {
-            "Some GPU": [row._replace(ratio=0.5)],
-            "cpu": [row, row._replace(sequences=2)],
-        }
-    finally:
-        _measured.table.cache_clear()
-
-
-def test_the_shipped_measurements_are_sound():
-    for rows in _measured.table().values():
-        assert len(set(rows)) == len(rows)
-        for row in rows:
-            assert row.other in ("torch", "triton")
-            assert 0 < row.ratio < 1000
-            assert 0 < row.filled <= 1
 
 
 def test_a_gpu_machine_runs_every_test_that_needs_one():

@@ -336,6 +336,19 @@ def test_logs_come_every_few_steps_and_go_on_after_a_resume(tmp_path):
         assert {name: a[name] for name in same} == {name: b[name] for name in same}
 
 
+def test_a_line_of_a_skipped_step_has_no_figures(tmp_path):
+    """Those of the steps before it would be taken for its own."""
+    objective = MeanSquaredError(Line())
+    logs = Logs(tmp_path, every=1)
+    fit(objective, [phase(objective, Rows(poisoned=[4]), epochs=1)], logs=logs)
+    with (tmp_path / "steps.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    before = ["0", *(row["skipped"] for row in rows)]
+    for row, skipped in zip(rows, before, strict=False):
+        assert (row["loss"] == "") == (row["mse"] == "") == (row["skipped"] != skipped)
+    assert [row["loss"] for row in rows].count("") == 1
+
+
 # examples
 
 

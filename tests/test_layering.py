@@ -54,7 +54,9 @@ def imports(source: str) -> Iterator[tuple[str, bool, int]]:
             elif isinstance(child, ast.ImportFrom):
                 base = "." * child.level + (child.module or "")
                 if base == "fastsiam":
-                    yield from ((f"fastsiam.{a.name}", at_import, child.lineno) for a in child.names)
+                    yield from (
+                        (f"fastsiam.{a.name}", at_import, child.lineno) for a in child.names
+                    )
                 else:
                     yield base, at_import, child.lineno
             else:

@@ -103,7 +103,7 @@ def test_dropout_has_one_mask_a_pair(backend):
 
 
 def test_dropout_keeps_the_mean_and_one_mask_for_all_steps():
-    from fastsiam._network import _drop
+    from fastsiam.engine.network import _drop
 
     states = torch.rand(6, 7, 50) + 1
     dropped = _drop(states, 0.25, paired=True)

@@ -173,7 +173,7 @@ def test_no_cuda():
 def test_a_backend_that_cannot_run_is_told_at_once():
     pytest.importorskip("triton")
     table = torch.zeros(2, D)
-    with pytest.raises(UnavailableError, match="at most 2048"):
+    with pytest.raises(UnavailableError, match="at most 128"):
         TextSiamese(Vocabulary(["<unk>", "a"]), table, 2049, backend="triton", device="cpu")
 
 

@@ -1,17 +1,24 @@
 """The registered operators: their contract with PyTorch, second opinions on gradients, compile."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from cases import DEVICE
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.library import opcheck
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastsiam import SiameseLSTM, _ops
+from fastsiam import SiameseLSTM
+from fastsiam.engine.autograd import layer_backward_op, layer_op
+from fastsiam.engine.layer import Call, Options
+from fastsiam.engine.select import BACKENDS
 from fastsiam.functional import Weights, siamese_encode, siamese_similarity
 
 B, T, D, H, V = 2, 3, 3, 5, 4
 N = 2 * B
+LIBRARY = not BACKENDS["cpu"].obstacle(
+    Call("lstm", H, torch.float32, torch.device(DEVICE), training=True)
+)
 
 
 def draw(dtype, ids, bias=True, P=1):
@@ -30,56 +37,33 @@ def draw(dtype, ids, bias=True, P=1):
     )
 
 
-DTYPES = [torch.float32, torch.bfloat16]
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_prepare(fused_backend, dtype):
-    for P, has_bias in ((1, True), (2, False)):
-        x, _, _, _, *weights = draw(dtype, ids=True, bias=has_bias, P=P)
-        opcheck(_ops.siamese_prepare, (x, *weights, "lstm", fused_backend))
-
-
-@pytest.mark.parametrize("paired", [True, False], ids=["pairs", "rows"])
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("ids", [True, False], ids=["ids", "dense"])
-def test_infer(fused_backend, ids, paired):
-    x, row_ids, lengths, mask, weight_ih, weight_hh, bias = draw(torch.float32, ids, P=1 + paired)
-    pooling = "last" if mask is None else "mask"
-    if paired:
-        pooling, mask = "max", None
-    weights = weight_ih, weight_hh, bias
-    table, weight = _ops.siamese_prepare(x, *weights, "lstm", fused_backend)
-    scale = torch.ones((), device=DEVICE) if ids else None
-    how = (pooling, paired, pooling == "max")
-    rest = (scale, 1.0, H, T, *how, False, torch.float32, "lstm", fused_backend)
-    opcheck(_ops.siamese_infer, (table, weight, row_ids, lengths, mask, *rest))
-    rest = (*weights, scale, 1.0, T, *how, True, False, "lstm", fused_backend)
-    opcheck(_ops.siamese_fwd, (x, row_ids, lengths, mask, *rest))
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("paired", [True, False], ids=["pairs", "rows"])
-@pytest.mark.parametrize("ids", [True, False], ids=["ids", "dense"])
-def test_forward_and_backward(fused_backend, ids, paired, dtype):
-    x, row_ids, lengths, mask, weight_ih, weight_hh, bias = draw(dtype, ids, ids, P=1 + paired)
-    pooling = "last" if mask is None else "mask"
-    if paired:
-        pooling, mask = "max", None
-    scale = torch.ones((), device=DEVICE) if ids and paired else None
+def test_operators_are_registered_as_pytorch_wants(fused_backend, ids, dtype, cell):
+    x, row_ids, lengths, mask, *weights = draw(dtype, ids, ids, P=1 + ids)
+    if cell == "gru":
+        weights[:2] = (w[:, : 3 * H] for w in weights[:2])
+    options = Options(cell, "max", paired=True, all_states=True, training=True)
+    if mask is not None:
+        options = Options(cell, "mask", paired=True, training=True)
     # the leaves that autograd is checked for
-    x, weight_ih, weight_hh, bias, scale = (
-        None if t is None else t.requires_grad_() for t in (x, weight_ih, weight_hh, bias, scale)
-    )
-    args = (x, row_ids, lengths, mask, weight_ih, weight_hh, bias, scale)
-    rest = (1.0, T, pooling, paired, paired, False, False, "lstm", fused_backend)
+    leaves = [None if t is None else t.requires_grad_() for t in (x, *weights)]
+    layer = [leaves[0], row_ids, lengths, mask, *leaves[1:]]
+    layer = [torch.empty(0, device=DEVICE) if t is None else t for t in layer]
+    backend = ("cpu" if LIBRARY and dtype == torch.float32 else "batched", "triton")[
+        fused_backend == "triton"
+    ]
+    how = T, options.encode(), backend
     # the saved activations hold rows that no step wrote, which are not compared as numbers
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    opcheck(_ops.siamese_fwd, (*args, *rest), test_utils=tests)
-    outputs = [t.detach() for t in _ops.siamese_fwd(*args, *rest)]
-    upstream = [torch.randn_like(t) if paired or t is outputs[2] else None for t in outputs[:4]]
-    args = (*upstream, *args[:7], scale, *outputs[:3], *outputs[4:])
-    args = [t.detach() if isinstance(t, torch.Tensor) else t for t in args]
-    opcheck(_ops.siamese_bwd, (*args, 1.0, T, pooling, True, False, False, "lstm", fused_backend))
+    opcheck(layer_op, (layer, *how), test_utils=tests)
+    saved = [t.detach() for t in layer_op(layer, *how)]
+    upstream = [torch.randn_like(t) for t in saved[:4]]
+    layer = [t.detach() for t in layer]
+    opcheck(layer_backward_op, (upstream, layer, saved, *how), test_utils=tests)
+    scoring = replace(options, training=False)
+    opcheck(layer_op, (layer, T, scoring.encode(), backend))
 
 
 @pytest.mark.parametrize("ids", [True, False], ids=["ids", "dense"])
@@ -191,38 +175,8 @@ def test_the_gradient_cannot_be_differentiated_again(fused_backend):
             gradient.sum().backward()
             assert m.weight_hh_l0.grad.any()
         else:
-            with pytest.raises(RuntimeError, match="siamese_bwd"):
+            with pytest.raises(RuntimeError, match="cannot be differentiated again"):
                 gradient.sum().backward()
-
-
-class Watch(TorchDispatchMode):
-    """Notes which of our operators are called."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        if operator.namespace == "fastsiam":
-            self.seen.append(operator)
-        return operator(*args, **(kwargs or {}))
-
-
-def test_a_dispatch_mode_sees_the_operators(fused_backend):
-    dense = make_module(fused_backend)
-    embedded = make_module(fused_backend, embedding=torch.ones(V, D))
-    inputs = torch.randn(2, B, T, D, device=DEVICE)
-    ids = torch.randint(V, (2, B, T), device=DEVICE)
-    expected = train_once(dense, dense, *inputs)
-    with Watch() as watch:
-        actual = train_once(dense, dense, *inputs)
-        with torch.no_grad():
-            dense(*inputs)
-            embedded(*ids)
-    trained = [_ops.siamese_fwd, _ops.siamese_bwd]
-    assert watch.seen == [*trained, _ops.siamese_fwd, _ops.siamese_prepare, _ops.siamese_infer]
-    for one, other in zip(actual, expected, strict=True):
-        torch.testing.assert_close(one, other)
 
 
 def test_fake_tensors(fused_backend):
@@ -278,5 +232,5 @@ def test_other_ways_to_a_derivative_are_refused(fused_backend, derive):
     for trained in (True, False):
         derive(make_module("reference").requires_grad_(trained), x, y)
         m = make_module(fused_backend).requires_grad_(trained)
-        with pytest.raises(RuntimeError, match=r"^siamese_fwd: .*; pass backend='reference'"):
+        with pytest.raises(RuntimeError, match=r"^siamese layer: .*; pass backend='reference'"):
             derive(m, x, y)

@@ -94,6 +94,8 @@ def test_what_is_given_wins_over_a_preset(files):
     for given in ({"patience": 10}, {"select": "dev"}):
         with pytest.raises(ValueError, match="train_on_dev must go with"):
             Config.preset("paper", train_on_dev=True, **given, **need)
+    # with a patience the best epoch is kept, whatever the preset keeps
+    assert Config.preset("fast", patience=3, **need).select == "dev"
     with pytest.raises(ValueError, match=r"preset must be one of article, paper, .*, got 'slow'"):
         Config.preset("slow", **need)
 
@@ -113,6 +115,7 @@ def test_what_is_given_wins_over_a_preset(files):
         ({"schedule": "step"}, "schedule must be one of cosine, constant"),
         ({"pooling": "sum"}, "pooling must be one of last, mean, max"),
         ({"select": "best"}, "select must be one of dev, last"),
+        ({"select": "last", "patience": 3}, "patience must go with select 'dev'"),
         ({"train_on_dev": True}, "train_on_dev must go with select 'last'"),
         ({"train_on_dev": True, "select": "last", "patience": 3}, "train_on_dev must go with"),
     ],

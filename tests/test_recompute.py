@@ -4,7 +4,8 @@ import pytest
 import torch
 from cases import DEVICE
 
-from fastsiam import SiameseLSTM, _layer
+from fastsiam import SiameseLSTM
+from fastsiam.engine import autograd
 
 D, H, V, B = 5, 6, 12, 7
 
@@ -31,8 +32,8 @@ def test_same_gradients_part_by_part(request, name, embedded, monkeypatch):
     if name == "triton":
         request.getfixturevalue("triton")
     # three sequences a part, so that the last one is smaller
-    monkeypatch.setattr(_layer, "PART_SEQUENCES", 3)
-    monkeypatch.setattr(_layer, "PART_TOKENS", 1)
+    monkeypatch.setattr(autograd, "PART_SEQUENCES", 3)
+    monkeypatch.setattr(autograd, "PART_TOKENS", 1)
     torch.manual_seed(0)
     options = {"bidirectional": name != "triton", "pooling": "max", "learn_scale": True}
     if embedded:

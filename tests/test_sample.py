@@ -9,8 +9,8 @@ from dataclasses import astuple
 import pytest
 import torch
 
-from fastsiam import sample
 from fastsiam.modules import SiameseLSTM
+from fastsiam.text import sample
 from fastsiam.text.batches import grouped_batches
 from fastsiam.text.datasets import drop_repeats, read_pairs
 from fastsiam.text.tokens import tokenize
@@ -113,7 +113,7 @@ def test_a_siamese_lstm_learns_the_scores(paths, parts):
 
 
 def test_same_seed_same_files_in_any_process(paths, tmp_path):
-    code = "import sys; from fastsiam.sample import write_sample; write_sample(sys.argv[1], 3)"
+    code = "import sys; from fastsiam.text.sample import write_sample; write_sample(sys.argv[1], 3)"
     subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)],
         check=True,

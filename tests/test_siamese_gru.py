@@ -7,10 +7,13 @@ import torch
 from cases import CASES, DEVICE, Case, compute, define, make_inputs
 from tolerance import assert_accurate
 from torch import nn
-from torch.library import opcheck
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from fastsiam import SiameseGRU, SiameseLSTM, _ops, reference
+from fastsiam import SiameseGRU, SiameseLSTM
+from fastsiam.engine import reference
+from fastsiam.engine.autograd import layer_op
+from fastsiam.engine.layer import Call, Options
+from fastsiam.engine.select import choose
 
 # the frame around a cell is tested with the LSTM's; few cases, and short ones, as interpreted
 # kernels are slow
@@ -87,12 +90,12 @@ def test_large(triton, case):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_streamed_weights(triton, dtype, monkeypatch):
     """Small tiles keep the recurrent weight on chip; here they read it every step all the same."""
-    from fastsiam.kernels import _tiling
+    from fastsiam.kernels import tiling
 
     for name in ("forward_tile", "backward_tile"):
-        choose = getattr(_tiling, name)
+        choose = getattr(tiling, name)
         monkeypatch.setattr(
-            _tiling, name, lambda *args, choose=choose: choose(*args)._replace(stream=True)
+            tiling, name, lambda *args, choose=choose: choose(*args)._replace(stream=True)
         )
     check(Case(B=2, H=20, dtype=dtype, T_left=3, T_right=1, cell="gru"), "triton")
 
@@ -203,23 +206,17 @@ def test_backward_under_autocast(fused_backend, kind):
         assert torch.equal(one, other)
 
 
-def test_operators_are_registered_as_pytorch_wants(fused_backend):
+def test_all_results_of_a_layer(fused_backend):
     torch.manual_seed(0)
     x = torch.randn(4 * 2, 3, device=DEVICE)
     lengths = torch.tensor([2, 0, 1, 2], device=DEVICE)
     weights = [torch.randn(2, *shape, device=DEVICE) for shape in ((15, 3), (15, 5), (20,))]
-    how = ("max", True, True)
-    table, weight = _ops.siamese_prepare(x, *weights, "gru", fused_backend)
-    opcheck(_ops.siamese_prepare, (x, *weights, "gru", fused_backend))
-    rest = (1.0, 5, 2, *how, False, torch.float32, "gru", fused_backend)
-    opcheck(_ops.siamese_infer, (table, weight, None, lengths, None, None, *rest))
     leaves = [t.requires_grad_() for t in (x, *weights)]
-    # the saved activations hold rows that no step wrote, which are not compared as numbers
-    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    rest = (None, lengths, None, *leaves[1:], None, 1.0, 2, *how, False, False)
-    rest = (*rest, "gru", fused_backend)
-    opcheck(_ops.siamese_fwd, (x, *rest), test_utils=tests)
-    similarity, _, vectors, states, *_ = _ops.siamese_fwd(x, *rest)
+    backend = choose("f", fused_backend, Call("gru", 5, x.dtype, x.device, True)).backend.name
+    options = Options("gru", "max", paired=True, all_states=True, training=True)
+    none = x.new_empty(0)
+    layer = [leaves[0], none, lengths, none, *leaves[1:]]
+    vectors, states, _, similarity, *_ = layer_op(layer, 2, options.encode(), backend)
     # of all states too: those behind a sequence's end are 0, and get nothing
     (similarity.sum() + vectors.sum() + (states**2).sum()).backward()
     gradients = [t.grad.clone() for t in leaves]
@@ -233,7 +230,7 @@ def test_operators_are_registered_as_pytorch_wants(fused_backend):
         h.append(reference.pool(every, lengths, "max", None, reverse=p == 1))
     torch.testing.assert_close(states, torch.cat(expected, dim=2))
     left, right = torch.cat(h, dim=1).chunk(2)
-    similarity = torch.exp(-reference.manhattan_distance(left, right))
+    similarity = torch.exp(-(left - right).abs().sum(dim=1))
     (similarity.sum() + torch.cat(h).sum() + (torch.cat(expected) ** 2).sum()).backward()
     for one, t in zip(gradients, leaves, strict=True):
         torch.testing.assert_close(one, t.grad, rtol=1e-4, atol=1e-5)

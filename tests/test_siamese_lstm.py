@@ -31,8 +31,11 @@ def check(case, backend, eps=None):
     eps = eps or torch.finfo(case.dtype).eps
     # what one layer rounds the next one multiplies, forward and backward
     eps *= 8 if case.layers > 1 else 1
+    # half precision on a CPU is not ours there: what it rounds hangs on the processor
+    theirs = backend == "lstm" and DEVICE == "cpu" and case.dtype.itemsize == 2
     for name in actual:
-        assert_accurate(name, actual[name], same_dtype[name], gold[name], eps)
+        truth = same_dtype[name], gold[name]
+        assert_accurate(name, actual[name], *truth, eps, times=16 if theirs else 1)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -72,13 +75,13 @@ def test_sanitize(triton, inputs):
 @pytest.fixture
 def change_tiles(triton, monkeypatch):
     """A function that changes fields of every tile."""
-    from fastsiam.kernels import _tiling
+    from fastsiam.kernels import tiling
 
     def change(names=("forward_tile", "backward_tile"), **fields):
         for name in names:
-            choose = getattr(_tiling, name)
+            choose = getattr(tiling, name)
             monkeypatch.setattr(
-                _tiling, name, lambda *args, choose=choose: choose(*args)._replace(**fields)
+                tiling, name, lambda *args, choose=choose: choose(*args)._replace(**fields)
             )
 
     return change
@@ -180,31 +183,31 @@ def test_half_as_many_warps(change_tiles):
 
 
 def test_cases_reach_every_path(triton):
-    from fastsiam.kernels import _tiling
+    from fastsiam.kernels import tiling
 
-    target = _tiling.target_of(torch.device(DEVICE))
-    hows = {case.dtype: _tiling.arithmetic(case.dtype, False, target) for case in CASES}
+    target = tiling.target_of(torch.device(DEVICE))
+    hows = {case.dtype: tiling.arithmetic(case.dtype, False, target) for case in CASES}
     sizes = {case.B for case in (CASES if DEVICE == "cpu" else CASES + LARGE)}
     lengths = {B: torch.ones(2 * B, device=DEVICE, dtype=torch.int64) for B in sizes}
-    loads = {c: _tiling.load_of(lengths[c.B], c.directions, target) for c in CASES}
-    tiles = {_tiling.forward_tile(c.H, c.dtype, hows[c.dtype], target, loads[c]) for c in CASES}
+    loads = {c: tiling.load_of(lengths[c.B], c.directions, target) for c in CASES}
+    tiles = {tiling.forward_tile(c.H, c.dtype, hows[c.dtype], target, loads[c]) for c in CASES}
     assert {tile.sequences for tile in tiles} == {4, 8} or DEVICE == "cuda"
     # where there is shared memory enough no weight is read every step
     assert {tile.stream for tile in tiles} <= {False, True}
     assert {tile.stream for tile in tiles} == {False, True} or target in ("sm_90", "sm_100")
     assert {tile.block_h for tile in tiles} == {32, 64, 128}
-    orders = [_tiling.pair_order(lengths[B], B, target) for B in sizes]
+    orders = [tiling.pair_order(lengths[B], B, target) for B in sizes]
     assert {order is None for order in orders} == {False, True}
 
 
 @pytest.mark.parametrize("case", SOME, ids=str)
 def test_the_order_of_programs_changes_no_bit(triton, case, monkeypatch):
-    from fastsiam.kernels import _tiling
+    from fastsiam.kernels import tiling
 
     inputs = make_inputs(case)
     results = []
     for order in (None, torch.randperm(case.B, device=DEVICE)):
-        monkeypatch.setattr(_tiling, "pair_order", lambda *_, order=order: order)
+        monkeypatch.setattr(tiling, "pair_order", lambda *_, order=order: order)
         results.append(compute(case, inputs, "triton", case.dtype))
     for name, plain in results[0].items():
         assert torch.equal(plain, results[1][name]), name
@@ -330,7 +333,8 @@ def test_a_pair_does_not_depend_on_its_batch(backend):
     m = make_module(backend)
     left, left_lengths = draw_ids(15, 5)
     right, right_lengths = draw_ids(15, 3)
-    with torch.no_grad():
+    # of one projection: else the product that makes it may round by its number of words
+    with torch.no_grad(), m.prepared():
         together = m(left, right, left_lengths, right_lengths)
         vectors = m.encode(left, left_lengths)
         for b in (0, 3, 14):

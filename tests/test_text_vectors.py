@@ -308,7 +308,7 @@ def test_gensim_missing(tmp_path, monkeypatch):
 
 def test_import_loads_torch_alone():
     code = (
-        "import sys, fastsiam.text.vectors, fastsiam.text.datasets, fastsiam.sample;"
+        "import sys, fastsiam.text.vectors, fastsiam.text.datasets, fastsiam.text.sample;"
         "print([m for m in ('gensim', 'nltk', 'scipy', 'triton') if m in sys.modules])"
     )
     command = [sys.executable, "-c", code]

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from fastsiam.kernels import _tiling
+from fastsiam.kernels import tiling
 
 # dtype, and whether tf32 is allowed
 HALF, FULL, TF32 = (torch.bfloat16, False), (torch.float32, False), (torch.float32, True)
@@ -39,18 +39,18 @@ HALF, FULL, TF32 = (torch.bfloat16, False), (torch.float32, False), (torch.float
 )
 def test_sequences_and_warps(H, precision, target, load, ahead, back):
     dtype, allow_tf32 = precision
-    how = _tiling.arithmetic(dtype, allow_tf32, target)
-    for choose, wanted in ((_tiling.forward_tile, ahead), (_tiling.backward_tile, back)):
+    how = tiling.arithmetic(dtype, allow_tf32, target)
+    for choose, wanted in ((tiling.forward_tile, ahead), (tiling.backward_tile, back)):
         tile = choose(H, dtype, how, target, load)
         assert (tile.sequences, tile.num_warps) == wanted
 
 
 def test_load_counts_directions(monkeypatch):
-    monkeypatch.setattr(_tiling, "multiprocessors", lambda *_: 132)
+    monkeypatch.setattr(tiling, "multiprocessors", lambda *_: 132)
     lengths = torch.ones(2 * 132, dtype=torch.int64)
-    assert _tiling.load_of(lengths, 1, "sm_90") == 2
-    assert _tiling.load_of(lengths, 2, "sm_90") == 4
-    assert _tiling.load_of(lengths[:1], 1, "sm_90") == 1
+    assert tiling.load_of(lengths, 1, "sm_90") == 2
+    assert tiling.load_of(lengths, 2, "sm_90") == 4
+    assert tiling.load_of(lengths[:1], 1, "sm_90") == 1
 
 
 @pytest.mark.parametrize(
@@ -64,10 +64,10 @@ def test_load_counts_directions(monkeypatch):
     ],
 )
 def test_parts_of_the_tokens(monkeypatch, tiles, blocks, parts):
-    monkeypatch.setattr(_tiling, "multiprocessors", lambda *_: 132)
-    assert _tiling.parts_of_tokens(torch.device("cuda"), "sm_90", tiles, blocks) == parts
+    monkeypatch.setattr(tiling, "multiprocessors", lambda *_: 132)
+    assert tiling.parts_of_tokens(torch.device("cuda"), "sm_90", tiles, blocks) == parts
 
 
 @pytest.mark.parametrize(("n", "power"), [(-3, 1), (0, 1), (1, 1), (3, 2), (4, 4), (33, 32)])
 def test_power_of_two_below(n, power):
-    assert _tiling.power_of_two_below(n) == power
+    assert tiling.power_of_two_below(n) == power

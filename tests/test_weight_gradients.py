@@ -10,7 +10,7 @@ FACTORS = (0.25, 0.5, 1.0, 2.0)
 
 def make(N, T, D, H, P, dtype, ids):
     """Return records, NaN wherever no step wrote, and what goes with them."""
-    from fastsiam.kernels._tiling import block_h
+    from fastsiam.kernels.tiling import block_h
 
     block = block_h(H)
     torch.manual_seed(N)
@@ -77,14 +77,14 @@ def define(dgates, states, x, ids, lengths, H, gates, dtype):
     ids=str,
 )
 def test_sums_over_tokens(triton, monkeypatch, N, T, D, H, P, dtype, ids, gates, parts):
-    from fastsiam.kernels import _tiling
+    from fastsiam.kernels import tiling
     from fastsiam.kernels.weight_gradients import products_over_tokens
 
-    monkeypatch.setattr(_tiling, "parts_of_tokens", lambda *_: parts)
+    monkeypatch.setattr(tiling, "parts_of_tokens", lambda *_: parts)
     given = make(N, T, D, H, P, dtype, ids)
     factors = torch.tensor(FACTORS, device=DEVICE)
-    found = products_over_tokens(*given, factors, H, gates, T, False)
-    again = products_over_tokens(*given, factors, H, gates, T, False)
+    found = products_over_tokens(*given, T, factors, (gates, H), False)
+    again = products_over_tokens(*given, T, factors, (gates, H), False)
     gold = define(*given, H, gates, torch.float64)
     rounded = [t.to(dtype) for t in gold]
     names = ("dweight_ih", "dweight_hh", "dbias")

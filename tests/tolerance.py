@@ -3,9 +3,9 @@
 from torch import Tensor
 
 # a kernel sums in another order than the reference, so it may be unlucky where that is lucky
-TIMES_THE_REFERENCE = 2
+TIMES_THE_REFERENCE = 2.5
 # and so it may where both are nearly exact
-EPS = 8
+EPS = 10
 
 
 def largest_error(actual: Tensor, gold: Tensor) -> float:
@@ -26,10 +26,10 @@ def bound(same_dtype: Tensor, gold: Tensor, eps: float) -> float:
 
 
 def assert_accurate(
-    name: str, actual: Tensor, same_dtype: Tensor, gold: Tensor, eps: float
+    name: str, actual: Tensor, same_dtype: Tensor, gold: Tensor, eps: float, times: float = 1
 ) -> None:
     """Fail unless `actual` is as good as the reference in its dtype; see `bound`."""
     assert actual.shape == gold.shape, f"{name}: {list(actual.shape)}, not {list(gold.shape)}"
-    error, allowed = largest_error(actual, gold), bound(same_dtype, gold, eps)
+    error, allowed = largest_error(actual, gold), times * bound(same_dtype, gold, eps)
     # false where either is NaN
     assert error <= allowed, f"{name}: off by {error:.3g}, allowed {allowed:.3g}"

@@ -15,7 +15,7 @@ from typing import BinaryIO, NamedTuple
 from fastsiam.text.columns import KNOWN_HEADERS, as_sentence, find_columns, need_columns, shown
 from fastsiam.text.files import DataError, is_unicode
 from fastsiam.text.tables import Table, open_table, read_lines
-from fastsiam.whole_file import whole_file
+from fastsiam.text.whole_file import whole_file
 
 ROWS = 8192  # in a block
 

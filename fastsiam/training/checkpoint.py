@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from fastsiam.text.files import DataError
+from fastsiam.text.whole_file import write_file
 from fastsiam.training.pack import pack, unpack
-from fastsiam.whole_file import write_file
 
 KEPT = 2
 FORMAT = "1"

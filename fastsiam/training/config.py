@@ -9,8 +9,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-from fastsiam._backend import BACKENDS
-from fastsiam._checks import POOLINGS
+from fastsiam.checks import POOLINGS
+from fastsiam.engine.select import NAMES as BACKENDS
 
 LEARNING_RATES = {"adam": 2e-3, "adadelta": 1.0}  # where none is given
 FORGET_BIASES = {"orig": 2.5, "seed": 1.0, "pytorch": None}  # None: as drawn
@@ -223,6 +223,11 @@ class Config:
                 f"on cannot choose the epoch, got select {self.select!r} and patience "
                 f"{self.patience}"
             )
+        if self.patience is not None and self.select == "last":
+            raise ValueError(
+                "patience must go with select 'dev': an epoch without a better one would be kept, "
+                f"got select 'last' and patience {self.patience}"
+            )
 
         whole = ("synonyms", "train_on_dev", "entailment_weight", "calibrate")
         given = [name for name in whole if getattr(self, name)]
@@ -236,15 +241,20 @@ class Config:
     def preset(cls, name: str, **settings: Any) -> Config:
         """Return the settings of a recipe of `PRESETS`; what is given here wins over it.
 
-        With `train_on_dev` the recipe keeps the last epoch and has no patience.
+        With `train_on_dev` the recipe keeps the last epoch and has no patience; with a patience it
+        keeps the epoch that was best on dev.
 
         Raises:
             ValueError: there is no recipe of that name, or a value is out of range.
         """
         if name not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
-        last = {"select": "last", "patience": None} if settings.get("train_on_dev") else {}
-        return cls(**{**PRESETS[name], **last, **settings})
+        implied = {}
+        if settings.get("train_on_dev"):
+            implied = {"select": "last", "patience": None}
+        elif settings.get("patience") is not None:
+            implied = {"select": "dev"}
+        return cls(**{**PRESETS[name], **implied, **settings})
 
     @property
     def first_lr(self) -> float:

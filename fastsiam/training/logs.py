@@ -81,7 +81,7 @@ class Logs:
         """
         totals, now = running.totals(), time.perf_counter()
         since = {name: value - self._before.get(name, 0.0) for name, value in totals.items()}
-        if since["steps"] < 0 or since["pairs"] <= 0:  # an epoch ended in between
+        if since["steps"] < 0:  # an epoch ended in between
             since = totals
         pairs, steps = since["pairs"], since["steps"]
         row: dict[str, Any] = {

@@ -224,7 +224,7 @@ def facts(config: Config, inputs: Inputs, model: TextSiamese) -> dict[str, Any]:
     """Return what `run.json` says of any run: its settings, what it read, and what ran it."""
     return {
         "config": config.to_dict(),
-        "backend": model.lstm.explain(),
+        "backend": model.lstm.explain(pairs=config.batch_size),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "pairs": {phase: len(pairs) for phase, pairs in inputs.phases.items()},

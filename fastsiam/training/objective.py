@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from fastsiam._packed import compute_dtype
+from fastsiam.engine.layer import compute_dtype
 from fastsiam.modules import SiameseLSTM
 from fastsiam.training.config import Config
 

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from fastsiam.text.datasets import Pairs
-from fastsiam.whole_file import write_file
+from fastsiam.text.whole_file import write_file
 
 # what a run leaves in its folder: any run, that of one model, and that of several
 OWN = {"config.json", "model.safetensors", "predictions.tsv", "run.json", "vocabulary.json"}

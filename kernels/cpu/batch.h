@@ -8,7 +8,7 @@
 
 enum Pooling { LAST, MAX, MASK };
 
-// A layer over a batch; _steps.py has the same fields. What is not wanted, or not there, is null.
+// A layer over a batch; fastsiam/engine/cpu.py has the same fields. What is not wanted, or not there, is null.
 // The weights, one set a direction, are PyTorch's: G is 4H, of a GRU 3H.
 struct Layer {
     int64_t P, N, T, H, D;

@@ -1,4 +1,4 @@
-// The layers of fastsiam/batched.py, compiled: float32, on a CPU.
+// The layers of fastsiam/engine/batched, compiled: float32, on a CPU.
 //
 // Sequences do not need each other, so a tile of them, longest first, runs through all of its steps
 // before the next tile begins: its states stay in the first cache, the weights in the second.
@@ -341,7 +341,7 @@ bool backward(const Layer& layer) {
     return true;
 }
 
-// What _steps.py makes errors of.
+// What fastsiam/engine/cpu.py makes errors of.
 enum Outcome : int64_t { DONE, ID_OUT_OF_RANGE, OUT_OF_MEMORY };
 
 Outcome outcome(bool (*work)(const Layer&), const Layer* layer) {
@@ -354,7 +354,7 @@ Outcome outcome(bool (*work)(const Layer&), const Layer* layer) {
 
 }  // namespace
 
-// What _steps.py asks before it calls anything else: goes up with every change of an argument.
+// What fastsiam/engine/cpu.py asks before it calls anything else: goes up with every change of an argument.
 extern "C" int64_t version() { return 4; }
 extern "C" int64_t panel() { return PANEL; }
 
