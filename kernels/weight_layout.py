@@ -46,15 +46,6 @@ def _factors(cell: str, device: torch.device) -> Tensor:
         return torch.tensor(SCALINGS[cell], device=device, dtype=torch.float32)
 
 
-def packed_shapes(
-    R: int, H: int, dtype: torch.dtype, P: int
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the shapes of what `prepare` makes of R rows, for P directions."""
-    operand = _forward_operand(dtype, H)
-    *shape, columns = packed_shape(P, 4, H, operand.parts, transposed=False)
-    return (R, P, block_h(H), _words(dtype, 4)), (*shape, columns * operand.dtype.itemsize // 2)
-
-
 def table_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of a table: words of two in half precision."""
     return torch.float32 if dtype == torch.float32 else torch.int32
@@ -86,8 +77,8 @@ def prepare(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Project the rows of x, [R, D], to gates; return them and the bits of weight_hh for `a + W h`.
 
-    The shapes are `packed_shapes`. With `keep` the bits of weight_hh for the backward, too, in
-    `transposed_shape`.
+    The gates are [R, P, block, 4], in half precision [R, P, block, 2] words of two. With `keep` the
+    bits of weight_hh for the backward come too, in `transposed_shape`.
     """
     P, _, H = weight_hh.shape
     packed_ih, packed_bias, weight, transposed = pack(
@@ -100,9 +91,9 @@ def prepare(
     )
     columns = packed_ih.flatten(0, 1).T
     table = x @ columns if bias is None else torch.addmm(packed_bias.flatten(), x, columns)
-    shape, _ = packed_shapes(x.shape[0], H, x.dtype, P)
+    words = 4 if x.dtype == torch.float32 else 2
     return (
-        table.view(table_dtype(x.dtype)).view(shape),
+        table.view(table_dtype(x.dtype)).view(x.shape[0], P, block_h(H), words),
         weight.view(torch.int16),
         transposed.view(_bits(transposed.dtype)),
     )
@@ -257,7 +248,3 @@ def _sum_by_id(rows: Tensor, ids: Tensor, valid: Tensor, R: int) -> Tensor:
         rows.flatten(0, 1), targets.view(-1), P * R + 1, none, False
     )
     return summed[:none].view(P, R, rows.shape[2])
-
-
-def _words(dtype: torch.dtype, values: int) -> int:
-    return values if dtype == torch.float32 else values // 2

@@ -61,7 +61,9 @@ def test_a_named_backend_runs_or_raises():
     assert choose("f", "torch", call).backend.name == OURS
     double = Call("lstm", 64, torch.float64, CPU, False)
     assert choose("f", "torch", double).backend.name == "batched"
-    with pytest.raises(ValueError, match=r"^f: the compiled library takes float32.*got|float64"):
+    with pytest.raises(
+        ValueError, match=r"^f: the compiled library takes float32, and the weights are float64"
+    ):
         choose("f", "cpu", double)
     with pytest.raises(ValueError, match="f: backend must be one of auto, torch, triton, cpu, "):
         choose("f", "keras", call)
@@ -122,6 +124,15 @@ def test_a_call_takes_what_explain_says(monkeypatch, name, training, H):
             assert len(seen) == 1
     finally:
         select._automatic.cache_clear()
+
+
+def test_a_layer_above_a_frozen_one_trains():
+    """The choice looks at the gradients of all layers, as the call does."""
+    m = SiameseLSTM(3, 256, num_layers=2)
+    for name, parameter in m.named_parameters():
+        parameter.requires_grad_("_l1" in name)
+    assert m.explain("cpu", pairs=8).startswith("lstm: ")
+    assert not m.requires_grad_(False).explain("cpu", pairs=8).startswith("lstm: ")
 
 
 def test_lengths_of_zero_and_padding_that_is_cut():

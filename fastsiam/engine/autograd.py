@@ -32,6 +32,7 @@ from fastsiam.engine.layer import (
     without_autocast,
 )
 from fastsiam.engine.select import BACKENDS
+from fastsiam.engine.similarity import vectors_gradient
 
 # padded tokens, and sequences, whose activations a recomputing backward holds at once
 PART_TOKENS, PART_SEQUENCES = 2**16, 1024
@@ -200,8 +201,6 @@ def _recompute(
     need_dx: bool,
 ) -> Gradients:
     """Run some sequences forward again, keep their activations, run them backward, go on."""
-    from fastsiam.engine.cpu import vectors_gradient
-
     x, N = inputs.x, inputs.count
     dtype = compute_dtype(x.dtype)
     dvectors = vectors_gradient(outputs, upstream, options)

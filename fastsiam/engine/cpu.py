@@ -29,7 +29,7 @@ from fastsiam.engine.layer import (
     Stacked,
     Upstream,
 )
-from fastsiam.engine.similarity import MANHATTAN
+from fastsiam.engine.similarity import score, vectors_gradient
 
 # above it a call with few sequences copies and reads more weights than it computes with
 MAX_HIDDEN = 512
@@ -241,27 +241,6 @@ def _new_outputs(inputs: Inputs, columns: int, options: Options) -> Outputs:
 
 def _results(outputs: Outputs) -> dict[str, Tensor | None]:
     return {"vectors": outputs.vectors, "outputs": outputs.states}
-
-
-def score(outputs: Outputs, options: Options) -> Outputs:
-    """Return the outputs with the results of the pairs where the options ask for them."""
-    if not options.paired:
-        return outputs
-    left, right = outputs.vectors.chunk(2)
-    distance = MANHATTAN.statistic(left, right)
-    similarity = MANHATTAN.value(distance, options.scale)
-    return Outputs(outputs.vectors, outputs.states, distance, similarity)
-
-
-def vectors_gradient(outputs: Outputs, upstream: Upstream, options: Options) -> Tensor | None:
-    """Return all that reaches the vectors, [N, P * H], from the pairs and from outside."""
-    ddistance = MANHATTAN.statistic_gradient(
-        upstream.similarity, upstream.distance, outputs.similarity, options.scale
-    )
-    if ddistance is None:
-        return upstream.vectors
-    through_pairs = MANHATTAN.gradient(ddistance, outputs.vectors)
-    return through_pairs if upstream.vectors is None else upstream.vectors + through_pairs
 
 
 def empty(shape: tuple[int, ...], like: Tensor) -> Tensor:

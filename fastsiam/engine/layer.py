@@ -195,11 +195,6 @@ class Backend:
         """Return what keeps this backend from a call, in one clause; "" where nothing does."""
         raise NotImplementedError
 
-    def describe(self, call: Call) -> str:
-        """Return what `explain` adds about a call on this backend, or ""."""
-        del call
-        return ""
-
     def run(self, inputs: Inputs, directions: Sequence[Weights], options: Options) -> Outputs:
         """Run a layer with operations that autograd differentiates (composite backends)."""
         raise NotImplementedError

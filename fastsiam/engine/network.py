@@ -57,9 +57,9 @@ class Network:
             sequences: of the call, two a pair; None where it is not known.
             like: the first layer's inputs, which may require gradients.
         """
-        tensors = [*self.layers[0][0], like]
+        weights = [t for layer in self.layers for direction in layer for t in direction]
         training = torch.is_grad_enabled() and any(
-            isinstance(t, Tensor) and t.requires_grad for t in tensors
+            isinstance(t, Tensor) and t.requires_grad for t in (*weights, like)
         )
         H = self.layers[0][0].weight_hh.shape[1]
         return choose(

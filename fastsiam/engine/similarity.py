@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastsiam.engine.layer import Options, Outputs, Upstream
+
 Scale = float | Tensor
 
 
@@ -97,3 +99,24 @@ class Cosine(Similarity):
 
 MANHATTAN = Manhattan()
 SIMILARITIES: dict[str, Similarity] = {each.name: each for each in (MANHATTAN, Cosine())}
+
+
+def score(outputs: Outputs, options: Options) -> Outputs:
+    """Return the outputs with the results of the pairs where the options ask for them."""
+    if not options.paired:
+        return outputs
+    left, right = outputs.vectors.chunk(2)
+    distance = MANHATTAN.statistic(left, right)
+    similarity = MANHATTAN.value(distance, options.scale)
+    return Outputs(outputs.vectors, outputs.states, distance, similarity)
+
+
+def vectors_gradient(outputs: Outputs, upstream: Upstream, options: Options) -> Tensor | None:
+    """Return all that reaches the vectors, [N, P * H], from the pairs and from outside."""
+    ddistance = MANHATTAN.statistic_gradient(
+        upstream.similarity, upstream.distance, outputs.similarity, options.scale
+    )
+    if ddistance is None:
+        return upstream.vectors
+    through_pairs = MANHATTAN.gradient(ddistance, outputs.vectors)
+    return through_pairs if upstream.vectors is None else upstream.vectors + through_pairs

@@ -201,22 +201,46 @@ def _launch_forward(
     return Outputs(vectors, states, total, similarity), records
 
 
-def _pointers(inputs: Inputs, order: Tensor | None) -> dict[str, Tensor]:
+def _common(inputs: Inputs, P: int, options: Options, order: Tensor | None) -> dict[str, Any]:
     """Return the arguments that all recurrences share; a missing tensor's pointer is not read."""
     lengths = inputs.lengths
     return {
         "lengths_ptr": lengths,
         "mask_ptr": lengths if inputs.mask is None else inputs.mask,
         "order_ptr": lengths if order is None else order,
-    }
-
-
-def _flags(P: int, options: Options, order: Tensor | None) -> dict[str, Any]:
-    return {
+        "T": inputs.steps,
+        "zero": 0,
         "CELL": options.cell,
         "DIRECTIONS": P,
         "POOLING": options.pooling,
         "HAS_ORDER": order is not None,
+    }
+
+
+def _forward_arguments(
+    inputs: Inputs,
+    projection: Projection,
+    options: Options,
+    outputs: Outputs,
+    records: tuple[Tensor | None, ...],
+) -> dict[str, Any]:
+    """Return the arguments that the narrow and the wide forward share."""
+    vectors = outputs.vectors
+    gates, cells, states, peaks = (vectors if r is None else r for r in records)
+    return {
+        "table_ptr": projection.table,
+        "ids_ptr": inputs.lengths if inputs.ids is None else inputs.ids,
+        "outputs_ptr": vectors if outputs.states is None else outputs.states,
+        "gates_ptr": gates,
+        "cells_ptr": cells,
+        "states_ptr": states,
+        "peaks_ptr": peaks,
+        "R": projection.table.shape[0],
+        "H": projection.hidden,
+        "PAIRED": options.paired,
+        "HAS_IDS": inputs.ids is not None,
+        "STORE_RECORDS": options.keep,
+        "STORE_OUTPUTS": outputs.states is not None,
     }
 
 
@@ -239,38 +263,22 @@ def _narrow_forward(
     load = tiling.load_of(inputs.lengths, P, target)
     tile = tiling.forward_tile(H, vectors.dtype, how, target, load)
     order = tiling.pair_order(inputs.lengths, B, target, P)
-    gates, cells, states, peaks = (vectors if r is None else r for r in records)
     recurrence_fwd_kernel[(tiling.cdiv(N, tile.sequences), P)](
-        table_ptr=projection.table,
         weight_ptr=projection.weight,
-        ids_ptr=inputs.lengths if inputs.ids is None else inputs.ids,
         similarity_ptr=outputs.similarity,
         distance_ptr=outputs.distance,
         vectors_ptr=vectors,
-        outputs_ptr=vectors if outputs.states is None else outputs.states,
-        gates_ptr=gates,
-        cells_ptr=cells,
-        states_ptr=states,
-        peaks_ptr=peaks,
         scale=options.scale,
         B=B,
-        T=inputs.steps,
-        R=projection.table.shape[0],
-        H=H,
-        zero=0,
         BLOCK_H=tile.block_h,
         BLOCK_N=tile.sequences,
         WARPS=tile.num_warps,
         STREAM=tile.stream,
         OPERAND=in_triton(tile.operand),
         PARTS=tile.parts,
-        PAIRED=options.paired,
-        HAS_IDS=inputs.ids is not None,
-        STORE_RECORDS=options.keep,
-        STORE_OUTPUTS=outputs.states is not None,
         num_warps=tile.num_warps,
-        **_pointers(inputs, order),
-        **_flags(P, options, order),
+        **_forward_arguments(inputs, projection, options, outputs, records),
+        **_common(inputs, P, options, order),
         **how._asdict(),
         **tiling.forward_options(target, inputs.ids is not None, options.keep),
     )
@@ -300,39 +308,23 @@ def _wide_forward(
     # twice the vectors; no step writes that of a sequence without steps
     pooled = torch.empty_like(vectors, dtype=torch.float32)
     carried = vectors.new_empty(0 if options.keep else (2, P, tiles * tile.sequences, block))
-    gates, cells, states, peaks = (vectors if r is None else r for r in records)
     wide_fwd_kernel[(min(tile.groups, tiles), P, block // tile.units)](
-        table_ptr=projection.table,
         weight_ptr=projection.weight.view(vectors.dtype),
-        ids_ptr=inputs.lengths if inputs.ids is None else inputs.ids,
         pooled_ptr=pooled,
-        outputs_ptr=vectors if outputs.states is None else outputs.states,
-        gates_ptr=gates,
-        cells_ptr=cells,
-        states_ptr=states,
-        peaks_ptr=peaks,
         carried_h_ptr=carried,
         arrived_ptr=torch.zeros(tiles, P, device=vectors.device, dtype=torch.int32),
         tiles=tiles,
         B=B,
-        T=inputs.steps,
-        R=projection.table.shape[0],
-        H=H,
-        zero=0,
         BLOCK_H=block,
         UNITS=tile.units,
         BLOCK_N=tile.sequences,
         BLOCK_K=tile.block_k,
         PRECISION=precision,
-        PAIRED=options.paired,
-        HAS_IDS=inputs.ids is not None,
-        STORE_RECORDS=options.keep,
-        STORE_OUTPUTS=outputs.states is not None,
         num_warps=tile.num_warps,
         num_stages=1,
         launch_cooperative_grid=True,
-        **_pointers(inputs, order),
-        **_flags(P, options, order),
+        **_forward_arguments(inputs, projection, options, outputs, records),
+        **_common(inputs, P, options, order),
         **tiling.arithmetic(vectors.dtype, options.allow_tf32, target)._asdict(),
     )
     score_kernel[(B,)](
@@ -385,9 +377,7 @@ def _launch_backward(
         "dgates_ptr": dgates,
         "scale": options.scale,
         "B": B,
-        "T": inputs.steps,
         "H": H,
-        "zero": 0,
         "PAIRED": paired,
         "HAS_DSIM": upstream.similarity is not None,
         "HAS_DPAIR": upstream.distance is not None,
@@ -412,8 +402,7 @@ def _launch_backward(
             ASSEMBLY=how.ASSEMBLY,
             num_warps=tile.num_warps,
             **arguments,
-            **_pointers(inputs, order),
-            **_flags(P, options, order),
+            **_common(inputs, P, options, order),
             **tiling.all_registers(target),
         )
         return dgates
@@ -439,7 +428,6 @@ def _launch_backward(
         num_stages=1,
         launch_cooperative_grid=True,
         **arguments,
-        **_pointers(inputs, order),
-        **_flags(P, options, order),
+        **_common(inputs, P, options, order),
     )
     return dgates

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastsiam.engine.batched import gru, lstm
 from fastsiam.engine.batched.tokens import BLOCK, Block, Pool, PoolBlock, StateGradients, schedule
-from fastsiam.engine.cpu import empty, score, vectors_gradient
+from fastsiam.engine.cpu import empty
 from fastsiam.engine.layer import (
     SLOTS,
     Activations,
@@ -37,6 +37,7 @@ from fastsiam.engine.layer import (
     compute_dtype,
     stack,
 )
+from fastsiam.engine.similarity import score, vectors_gradient
 
 CELLS: dict[str, ModuleType] = {"lstm": lstm, "gru": gru}
 
