@@ -23,7 +23,7 @@ import torch
 from benchmarks import machine
 from benchmarks.results import RESULTS
 from fastsiam.model import TextSiamese
-from fastsiam.text.datasets import DataError, Pairs, read_pairs
+from fastsiam.text.pairs import DataError, Pairs, read_pairs
 from fastsiam.training.config import PRESETS, Config
 from fastsiam.training.evaluate import evaluate
 from fastsiam.training.recipe import run_recipe

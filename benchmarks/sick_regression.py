@@ -24,7 +24,7 @@ from fastsiam.model import TextSiamese
 from fastsiam.text.vocabulary import Encoded
 from fastsiam.training.config import PRESETS
 from fastsiam.training.data import EncodedPairs, load_inputs
-from fastsiam.training.evaluate import measure
+from fastsiam.training.metrics import measure
 
 NEGATIONS = {"no", "not", "n't", "nobody", "nothing", "none", "without", "never"}
 RIDGE = 1.0

@@ -25,13 +25,14 @@ from benchmarks import machine
 from benchmarks.sick import SICK_RESULTS, recipe
 from fastsiam.model import TextSiamese
 from fastsiam.modules import SiameseLSTM
-from fastsiam.text.batches import grouped_batches
-from fastsiam.text.datasets import DataError
+from fastsiam.text.pairs import DataError
+from fastsiam.training.batches import grouped_batches
 from fastsiam.training.config import PRESETS, Config
 from fastsiam.training.data import EncodedPairs, Inputs, load_inputs
-from fastsiam.training.epoch import run_epoch
+from fastsiam.training.metrics import RunningMetrics
 from fastsiam.training.objective import MeanSquaredError
 from fastsiam.training.start import initialize, make_optimizer
+from fastsiam.training.step import Guard, train_step
 
 MAX_LEN = 73
 OURS = "fastsiam"
@@ -120,7 +121,7 @@ def time_epochs(config: Config, inputs: Inputs, phase: str, rounds: int) -> dict
     # a few batches warm everything up
     for name in contenders:
         warm = epoch_batches(pairs, config, 0)[:10]
-        run_epoch(objectives[name], pairs, warm, *tools[name], clip=config.clip)
+        run_steps(objectives[name], pairs, warm, *tools[name], config.clip)
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for epoch in range(1, 1 + rounds):
         batches = epoch_batches(pairs, config, epoch)
@@ -128,7 +129,7 @@ def time_epochs(config: Config, inputs: Inputs, phase: str, rounds: int) -> dict
         first = epoch % len(names)  # each takes its turn to be first
         for name in names[first:] + names[:first]:
             start = time.perf_counter()
-            run_epoch(objectives[name], pairs, batches, *tools[name], clip=config.clip)
+            run_steps(objectives[name], pairs, batches, *tools[name], config.clip)
             if device.type == "cuda":
                 torch.cuda.synchronize()
             times[name].append(time.perf_counter() - start)
@@ -150,6 +151,21 @@ def time_epochs(config: Config, inputs: Inputs, phase: str, rounds: int) -> dict
         "explain": ours.explain(),
         "contenders": found,
     }
+
+
+def run_steps(
+    objective: nn.Module,
+    pairs: EncodedPairs,
+    batches: list[Tensor],
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    clip: float,
+) -> None:
+    device = next(objective.parameters()).device
+    guard, metrics = Guard(device), RunningMetrics(device)
+    for rows in batches:
+        batch = pairs.batch(rows, device)
+        metrics.update(*train_step(objective, batch, optimizer, schedule, guard, clip=clip))
 
 
 def check_agreement(contenders: dict[str, nn.Module], pairs: EncodedPairs, config: Config) -> None:

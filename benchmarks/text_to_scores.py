@@ -27,7 +27,7 @@ from benchmarks import machine
 from fastsiam.bulk import score_file
 from fastsiam.functional import manhattan_similarity
 from fastsiam.model import TextSiamese
-from fastsiam.text.datasets import read_pairs
+from fastsiam.text.pairs import read_pairs
 from fastsiam.text.tokens import part_tokens, tokenize
 from fastsiam.text.vectors import load_vectors
 from fastsiam.text.vocabulary import Vocabulary

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from fastsiam import TextSiamese
-from fastsiam.text.datasets import read_pairs
+from fastsiam.text.pairs import read_pairs
 from fastsiam.text.sample import write_sample
 from fastsiam.text.tokens import tokenize
 from fastsiam.text.vectors import load_vectors

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from fastsiam import SiameseLSTM
-from fastsiam.text.datasets import read_pairs
+from fastsiam.text.pairs import read_pairs
 from fastsiam.text.sample import write_sample
 from fastsiam.text.tokens import tokenize
 from fastsiam.text.vectors import load_vectors

@@ -16,7 +16,6 @@ from fastsiam.device import UnavailableError, pick_device
 from fastsiam.model_folder import Saved
 from fastsiam.modules import SiameseLSTM
 from fastsiam.search import manhattan_topk
-from fastsiam.text.batches import ordered_batches
 from fastsiam.text.columns import check_range
 from fastsiam.text.vocabulary import Encoded, Vocabulary
 
@@ -406,5 +405,7 @@ def _own_weights(member: SiameseLSTM) -> dict[str, Tensor]:
 
 
 def _by_length(lengths: Tensor, batch_size: int) -> list[Tensor]:
+    if batch_size < 1:
+        raise ValueError(f"TextSiamese: batch_size must be at least 1, got {batch_size}")
     order = torch.argsort(lengths, stable=True)
-    return [order[rows] for rows in ordered_batches(len(order), batch_size)]
+    return list(order.split(batch_size)) if len(order) else []

@@ -8,7 +8,7 @@ import scipy.stats  # noqa: F401
 import torch
 import torch._dynamo  # any optimizer imports it
 
-from fastsiam.training.loop import train
+from fastsiam.training.run import train
 
 
 def run(config):

@@ -13,12 +13,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from fastsiam.model import TextSiamese
 from fastsiam.modules import SiameseLSTM
-from fastsiam.text.datasets import read_pairs
+from fastsiam.text.pairs import read_pairs
 from fastsiam.text.vocabulary import Vocabulary
 from fastsiam.training.data import load_inputs
-from fastsiam.training.evaluate import evaluate, measure
+from fastsiam.training.evaluate import evaluate
+from fastsiam.training.metrics import RunningMetrics, measure
 from fastsiam.training.objective import MeanSquaredError, Output
-from fastsiam.training.running import Running
 from fastsiam.training.start import initialize
 
 ROOT = Path(__file__).parents[1]
@@ -162,19 +162,19 @@ def test_18_correlation_is_of_the_epoch_and_not_of_a_batch(last):
     generator = torch.Generator().manual_seed(0)
     gold = torch.rand(32 + last, generator=generator)
     predicted = (gold + 0.3 * torch.rand(32 + last, generator=generator)).clamp(0, 1)
-    running = Running(torch.device("cpu"))
+    running = RunningMetrics(torch.device("cpu"))
     for rows in (slice(0, 32), slice(32, 32 + last)):
         output = Output(torch.tensor(0.1), predicted[rows], gold[rows])
-        running.add(output, torch.tensor(1.0), torch.tensor(True))
-    figures = running.figures()
+        running.update(output, torch.tensor(1.0), torch.tensor(True))
+    figures = running.compute()
     whole = measure(predicted, gold)
     assert figures.pearson == pytest.approx(whole.pearson, abs=1e-6)
     assert figures.spearman == pytest.approx(whole.spearman, abs=1e-6)
-    constant = Running(torch.device("cpu"))
-    constant.add(
+    constant = RunningMetrics(torch.device("cpu"))
+    constant.update(
         Output(torch.tensor(0.1), gold[:1], gold[:1]), torch.tensor(1.0), torch.tensor(True)
     )
-    assert constant.figures().pearson is None
+    assert constant.compute().pearson is None
 
 
 def test_25_there_is_a_gradient_beyond_the_articles_clip_and_clipped_pairs_are_counted():
@@ -185,12 +185,12 @@ def test_25_there_is_a_gradient_beyond_the_articles_clip_and_clipped_pairs_are_c
     assert float(lstm(left, right).detach().max()) < 1e-7
     lstm.log_similarity(left, right).sum().backward()
     assert float(lstm.weight_hh_l0.grad.abs().max()) > 1e-3
-    running = Running(torch.device("cpu"))
+    running = RunningMetrics(torch.device("cpu"))
     similarity = torch.tensor([1e-9, 0.5, 1.0, 0.999])
-    running.add(
+    running.update(
         Output(torch.tensor(0.1), similarity, similarity), torch.tensor(1.0), torch.tensor(True)
     )
-    assert running.figures().clamped == 2
+    assert running.compute().clamped == 2
 
 
 def test_27_the_gradient_of_shared_weights_is_the_sum_of_both_sides():

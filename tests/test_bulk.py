@@ -23,7 +23,7 @@ from fastsiam.calibration import Calibration
 from fastsiam.cli import app
 from fastsiam.model import TextSiamese
 from fastsiam.text import streams, tables
-from fastsiam.text.datasets import DataError
+from fastsiam.text.pairs import DataError
 from fastsiam.text.vocabulary import Vocabulary
 
 ROOT = Path(__file__).parents[1]

@@ -1,4 +1,6 @@
 import csv
+import hashlib
+import io
 import json
 import multiprocessing
 import os
@@ -15,12 +17,10 @@ import pytest
 import torch
 from tiny import make_pairs, write_files, write_pairs
 
-from fastsiam.text.datasets import DataError
-from fastsiam.training.checkpoint import Checkpoint
+from fastsiam.text.pairs import DataError
+from fastsiam.training.checkpoint import Checkpoint, random_state, set_random_state
 from fastsiam.training.config import Config
-from fastsiam.training.loop import train
-from fastsiam.training.pack import pack, unpack
-from fastsiam.training.randomness import random_state, set_random_state
+from fastsiam.training.run import train
 
 KILLS = 5
 CLOCKS = {"time_s", "pairs_per_s"}
@@ -83,7 +83,7 @@ def what_a_run_left(out):
 # the files
 
 
-def test_a_tree_comes_back_as_it_was():
+def test_a_tree_comes_back_as_it_was(tmp_path):
     shared = torch.arange(6.0).view(2, 3)
     tree = {
         "a": [1, 2.5, None, True, "text", (3, (4.0,))],
@@ -93,8 +93,9 @@ def test_a_tree_comes_back_as_it_was():
         "third": 1 / 3,
         "empty": [torch.zeros(0), {}, [], ()],
     }
-    text, tensors = pack(tree)
-    back = unpack(text, tensors)
+    checkpoint = Checkpoint(tmp_path)
+    path = checkpoint.save(1, tree)
+    back = checkpoint.load()
     assert list(back) == list(tree)
     assert back["a"] == tree["a"]
     assert list(back["b"]) == [0, 7, "$t"]
@@ -103,10 +104,13 @@ def test_a_tree_comes_back_as_it_was():
     assert back["b"][7]["x"].dtype == torch.uint8
     assert (back["small"], back["third"]) == (tree["small"], tree["third"])
     assert back["empty"][1:] == [{}, [], ()]
-    shared.zero_()
-    assert back["again"].sum() == 15  # a copy
-    with pytest.raises(TypeError, match=r"plain values and tensors, got a\.0: <built-in"):
-        pack({"a": [print]})
+    # a whole file with something else in it runs nothing
+    planted = io.BytesIO()
+    torch.save({"recipe": None, "state": {"a": [print]}}, planted)
+    data, header = planted.getvalue(), path.read_bytes().partition(b"\n")[0]
+    path.write_bytes(header + b"\n" + hashlib.sha256(data).digest() + data)
+    with pytest.raises(DataError, match="must hold plain values and tensors alone"):
+        checkpoint.load()
 
 
 def test_the_newest_two_are_kept_and_the_newest_is_read(tmp_path):
@@ -114,10 +118,10 @@ def test_the_newest_two_are_kept_and_the_newest_is_read(tmp_path):
     assert checkpoint.load() is None
     for step in (1, 9, 10, 10, 200):
         checkpoint.save(step, {"step": step, "x": torch.full((3,), float(step))})
-    (tmp_path / "c" / ".step-0000000300.safetensors.part").write_bytes(b"killed here")
+    (tmp_path / "c" / ".step-0000000300.pt.part").write_bytes(b"killed here")
     assert [path.name for path in checkpoint.files()] == [
-        "step-0000000200.safetensors",
-        "step-0000000010.safetensors",
+        "step-0000000200.pt",
+        "step-0000000010.pt",
     ]
     state = checkpoint.load()
     assert state["step"] == 200
@@ -126,11 +130,11 @@ def test_the_newest_two_are_kept_and_the_newest_is_read(tmp_path):
     assert len(list((tmp_path / "c").iterdir())) == 2
 
 
-def test_random_numbers_go_on():
-    state = random_state()
-    text, tensors = pack(state)
+def test_random_numbers_go_on(tmp_path):
+    checkpoint = Checkpoint(tmp_path)
+    checkpoint.save(1, random_state())
     first = random.random(), np.random.rand(), np.random.randn(), torch.rand(3).tolist()
-    set_random_state(unpack(text, tensors))
+    set_random_state(checkpoint.load())
     assert (random.random(), np.random.rand(), np.random.randn(), torch.rand(3).tolist()) == first
 
 

@@ -83,7 +83,7 @@ def test_train_prints_a_line_an_epoch_and_a_table(trained):
     assert "100.0% of the tokens have a vector" in printed
     epoch = r"train epoch \d/3: loss \d\.\d{4}  dev Pearson -?\d\.\d{4}  \d+ pairs/s"
     assert len(re.findall(epoch, printed)) == 3
-    assert re.search(r"dev \(epoch \d\).*30", printed)
+    assert re.search(r"dev \(train epoch \d\).*30", printed)
     assert re.search(r"test .*25", printed)
     assert "\x1b" not in printed
     for name in ("config.json", "model.safetensors", "vocabulary.json", "metrics.csv", "plot.png"):
@@ -349,7 +349,7 @@ def test_a_backend_that_cannot_run_is_the_environment(files, tmp_path):
 
 
 def test_a_missing_package_is_the_environment(files, tmp_path, monkeypatch):
-    real = fastsiam.training.loop.importlib.util.find_spec
+    real = fastsiam.training.run.importlib.util.find_spec
     monkeypatch.setattr(
         "importlib.util.find_spec", lambda name: None if name == "scipy" else real(name)
     )

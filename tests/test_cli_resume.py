@@ -7,9 +7,9 @@ import pytest
 from test_cli import one_line, run, train_args
 from tiny import write_files
 
-from fastsiam.training import loop
+from fastsiam.training import run as training_run
 from fastsiam.training.checkpoint import Checkpoint
-from fastsiam.training.signals import stop_signals
+from fastsiam.training.run import stop_signals
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +63,7 @@ def test_sigterm_ends_with_143_and_resume_goes_on(files, tmp_path, handler):
 def test_a_signal_while_dev_is_scored_ends_the_whole_recipe(
     files, tmp_path, monkeypatch, number, code
 ):
-    scored, score_pairs = 0, loop.score_pairs
+    scored, score_pairs = 0, training_run.score_pairs
 
     def kill(*args):
         nonlocal scored
@@ -72,7 +72,7 @@ def test_a_signal_while_dev_is_scored_ends_the_whole_recipe(
             os.kill(os.getpid(), number)
         return score_pairs(*args)
 
-    monkeypatch.setattr(loop, "score_pairs", kill)
+    monkeypatch.setattr(training_run, "score_pairs", kill)
     args = train_args(files, tmp_path / "run", epochs=2, ensemble=2)
     assert "--resume goes on" in one_line(run(*args), code)
     assert [path.name for path in (tmp_path / "run" / "members").iterdir()] == ["0"]

@@ -13,9 +13,9 @@ from tiny import make_pairs, write_files, write_pairs
 from fastsiam.model import TextSiamese
 from fastsiam.training.config import Config
 from fastsiam.training.data import load_inputs
-from fastsiam.training.loop import train
+from fastsiam.training.metrics import RunningMetrics
 from fastsiam.training.objective import Output
-from fastsiam.training.running import Running
+from fastsiam.training.run import train
 from fastsiam.training.world import World, find_world
 
 ROOT = Path(__file__).parents[1]
@@ -50,13 +50,13 @@ def test_merged_sums_are_those_of_one_process():
     one = torch.tensor(1.0)
 
     def sums(rows):
-        running = Running(torch.device("cpu"))
-        running.add(Output(one / 2, similarity[rows], gold[rows]), one, torch.tensor(True))
+        running = RunningMetrics(torch.device("cpu"))
+        running.update(Output(one / 2, similarity[rows], gold[rows]), one, torch.tensor(True))
         return running
 
-    whole = sums(slice(None)).figures()
+    whole = sums(slice(None)).compute()
     parts = [sums(slice(rank, None, 3)).state_dict() for rank in range(3)]
-    merged = Running.merged(parts, torch.device("cpu")).figures()
+    merged = RunningMetrics.merged(parts, torch.device("cpu")).compute()
     assert vars(merged) == pytest.approx(vars(whole))
 
 

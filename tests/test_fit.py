@@ -2,6 +2,7 @@ import csv
 import json
 import math
 import runpy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +15,11 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from fastsiam.training import Checkpoint, MeanSquaredError, Phase, fit
 from fastsiam.training.config import Config
-from fastsiam.training.epoch import run_epoch
-from fastsiam.training.evaluate import Metrics
-from fastsiam.training.guard import LIMIT, Guard, NotFiniteError
-from fastsiam.training.logs import Logs
-from fastsiam.training.loop import train
+from fastsiam.training.metrics import Metrics, RunningMetrics
 from fastsiam.training.objective import Batch, Output
-from fastsiam.training.running import Running
+from fastsiam.training.run import train
+from fastsiam.training.run_folder import Logs
+from fastsiam.training.step import LIMIT, Guard, NotFiniteError, train_step
 
 CPU = torch.device("cpu")
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -202,10 +201,12 @@ def test_no_step_asks_for_a_value(name):
         else:
             optimizer = torch.optim.Adadelta(objective.parameters())
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 9)
-        batches = [torch.arange(7)] * 3
-        running = run_epoch(objective, source, batches, optimizer, schedule, clip=0.5)
+        guard, metrics = Guard(CPU), RunningMetrics(CPU)
+        for _ in range(3):
+            batch = source.batch(torch.arange(7), CPU)
+            metrics.update(*train_step(objective, batch, optimizer, schedule, guard, clip=0.5))
         with pytest.raises(DataDependentOutputException):
-            running.norms[0].item()
+            metrics.norms[0].item()
 
 
 def test_after_ten_in_a_row_nothing_moves_any_more():
@@ -219,6 +220,26 @@ def test_after_ten_in_a_row_nothing_moves_any_more():
     assert guard.look() == (2 * LIMIT - 1, True)
     # however late the host looks, the weights are those of the last good step
     assert not guard.judge(one, one)
+
+
+def test_an_epoch_is_selected_within_its_phase():
+    objective = MeanSquaredError(Line())
+    phases = [
+        replace(phase(objective, Rows(), epochs=2), name="pretrain"),
+        phase(objective, Rows(), epochs=3),
+    ]
+    pearsons = iter([0.9, 0.8, 0.1, 0.3, 0.2])
+    outcome = fit(objective, phases, dev=lambda: Metrics(9, next(pearsons), None, 0.1))
+    assert (outcome.best.phase, outcome.best.epoch) == ("train", 2)
+    # a run that ends before the second phase has an epoch keeps that of the first
+    steps, pearsons = iter(range(100)), iter([0.9, 0.8])
+    outcome = fit(
+        objective,
+        phases,
+        dev=lambda: Metrics(9, next(pearsons), None, 0.1),
+        stop=lambda: next(steps) == 20 and 2,
+    )
+    assert (outcome.best.phase, outcome.best.epoch, outcome.signal) == ("pretrain", 1, 2)
 
 
 def test_a_run_counts_bad_steps_and_stops_after_ten_in_a_row(tmp_path):
@@ -241,19 +262,19 @@ def test_a_run_counts_bad_steps_and_stops_after_ten_in_a_row(tmp_path):
 
 def test_a_correlation_that_is_undefined_is_none():
     """The article's last batch of two rows correlates at +1 or -1, and one row raises."""
-    running = Running(CPU)
-    assert running.figures().pearson is None
+    running = RunningMetrics(CPU)
+    assert running.compute().pearson is None
     good, one = torch.tensor(True), torch.tensor(1.0)
     gold = torch.tensor([0.25, 0.75])
-    running.add(Output(one, torch.tensor([0.3]), gold[:1]), one, good)
-    assert running.figures().pearson is None
-    running.add(Output(one, torch.tensor([0.3]), gold[1:]), one, good)
-    assert (running.figures().pearson, running.figures().spearman) == (None, None)
-    running.add(Output(one, torch.tensor([math.nan] * 2), gold), one, torch.tensor(False))
-    running.add(Output(one, torch.tensor([0.0, 1.0]), gold), one, good)
-    figures = running.figures()
+    running.update(Output(one, torch.tensor([0.3]), gold[:1]), one, good)
+    assert running.compute().pearson is None
+    running.update(Output(one, torch.tensor([0.3]), gold[1:]), one, good)
+    assert (running.compute().pearson, running.compute().spearman) == (None, None)
+    running.update(Output(one, torch.tensor([math.nan] * 2), gold), one, torch.tensor(False))
+    running.update(Output(one, torch.tensor([0.0, 1.0]), gold), one, good)
+    figures = running.compute()
     assert figures.pearson == pytest.approx(pearsonr([0.3, 0.3, 0, 1], [0.25, 0.75] * 2)[0])
-    assert (figures.pairs, figures.clamped) == (4, 2)
+    assert (running.totals()["pairs"], figures.clamped) == (4, 2)
 
 
 # logs

@@ -12,7 +12,7 @@ from tiny import WORDS, D
 from fastsiam.calibration import Calibration
 from fastsiam.device import UnavailableError, pick_device
 from fastsiam.model import TextSiamese
-from fastsiam.text.datasets import DataError
+from fastsiam.text.pairs import DataError
 from fastsiam.text.vocabulary import Vocabulary
 
 H = 5

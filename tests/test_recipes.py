@@ -16,14 +16,13 @@ from fastsiam.calibration import Calibration
 from fastsiam.cli import app
 from fastsiam.model import TextSiamese
 from fastsiam.modules import SiameseLSTM
-from fastsiam.text.datasets import DataError, join_pairs, read_pairs, rows_outside
+from fastsiam.text.pairs import DataError, join_pairs, read_pairs, rows_outside
 from fastsiam.text.synonyms import close_synonyms, load_synonyms, swap_words
 from fastsiam.text.vocabulary import Vocabulary
 from fastsiam.training import recipe
 from fastsiam.training.config import PRESETS, Config
 from fastsiam.training.data import load_inputs
 from fastsiam.training.evaluate import evaluate
-from fastsiam.training.loop import train
 from fastsiam.training.objective import (
     AuxiliaryLoss,
     Batch,
@@ -32,6 +31,7 @@ from fastsiam.training.objective import (
     spread,
 )
 from fastsiam.training.recipe import run_recipe
+from fastsiam.training.run import train
 from fastsiam.training.start import initialize, make_optimizer
 
 LABELLED = ("sentence_A", "sentence_B", "relatedness_score", "entailment_judgment")

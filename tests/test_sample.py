@@ -11,11 +11,11 @@ import torch
 
 from fastsiam.modules import SiameseLSTM
 from fastsiam.text import sample
-from fastsiam.text.batches import grouped_batches
-from fastsiam.text.datasets import drop_repeats, read_pairs
+from fastsiam.text.pairs import drop_repeats, read_pairs
 from fastsiam.text.tokens import tokenize
 from fastsiam.text.vectors import load_vectors
 from fastsiam.text.vocabulary import Vocabulary
+from fastsiam.training.batches import grouped_batches
 
 pytest.importorskip("gensim")
 pytest.importorskip("nltk")

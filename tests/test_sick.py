@@ -10,7 +10,7 @@ from tiny import WORDS, make_pairs, write_pairs, write_vectors
 
 from benchmarks import sick, sick_regression, sick_report, sick_times
 from fastsiam.model import TextSiamese
-from fastsiam.text.datasets import read_pairs
+from fastsiam.text.pairs import read_pairs
 from fastsiam.text.vocabulary import Vocabulary
 from fastsiam.training.config import PRESETS
 from fastsiam.training.data import EncodedPairs

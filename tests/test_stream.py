@@ -8,14 +8,12 @@ import torch
 from test_checkpoint import Stopper, make_config, what_a_run_left
 from tiny import SICK_HEADER, make_pairs, write_files, write_pairs
 
-from fastsiam.text.batches import POOL
-from fastsiam.text.datasets import DataError, read_pairs
-from fastsiam.text.scored import stream_pairs
+from fastsiam.text.pair_file import scan_pairs
+from fastsiam.text.pairs import DataError, read_pairs, stream_pairs
 from fastsiam.text.vocabulary import Vocabulary
+from fastsiam.training.batches import POOL, StreamBatches, shuffle
 from fastsiam.training.data import EncodedPairs, load_inputs
-from fastsiam.training.loop import train
-from fastsiam.training.pair_file import look_through
-from fastsiam.training.stream import StreamBatches, shuffle
+from fastsiam.training.run import train
 
 PAIRS = [("a cat", "the dog, slow", 1.5), ('so "quoted"', "NA", 5), ("007", "", 2.25)]
 
@@ -32,9 +30,10 @@ def write(path, pairs):
             table.writeheader()
             table.writerows(rows)
     else:
-        datasets = pytest.importorskip("datasets")
+        pyarrow = pytest.importorskip("pyarrow")
+        parquet = pytest.importorskip("pyarrow.parquet")
         rows = [{**row, SICK_HEADER[2]: float(row[SICK_HEADER[2]])} for row in rows]
-        datasets.Dataset.from_list(rows).to_parquet(str(path))
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     return path
 
 
@@ -48,15 +47,14 @@ def test_a_stream_holds_what_the_file_does(tmp_path, kind):
     path = write(tmp_path / f"pairs.{kind}", PAIRS)
     expected = [(left, right, (score - 1) / 4) for left, right, score in PAIRS]
     assert list(stream_pairs(path)) == expected
-    if kind != "parquet":
-        pairs = read_pairs(path)
-        assert list(zip(pairs.left, pairs.right, pairs.similarity, strict=True)) == expected
+    pairs = read_pairs(path)
+    assert list(zip(pairs.left, pairs.right, pairs.similarity, strict=True)) == expected
     wide = list(stream_pairs(path, score_range=(0, 10)))
     assert [similarity for *_, similarity in wide] == [0.15, 0.5, 0.225]
     names = {"columns": (*SICK_HEADER[1::-1], SICK_HEADER[2])}
     assert next(stream_pairs(path, **names))[:2] == PAIRS[0][1::-1]
     bad = write(tmp_path / f"bad.{kind}", [*PAIRS, ("a", "b", 5.5)])
-    where = "row 3" if kind == "parquet" else rf"line {len(PAIRS) + 2 - (kind == 'jsonl')}"
+    where = "row 4" if kind == "parquet" else rf"line {len(PAIRS) + 2 - (kind == 'jsonl')}"
     with pytest.raises(DataError, match=rf"bad.{kind}, {where}: the score must be from 1 to 5"):
         list(stream_pairs(bad))
     with pytest.raises(DataError, match="no column 'x'"):
@@ -101,7 +99,7 @@ def test_batches_hold_each_pair_once_and_few_at_a_time(tmp_path):
     pairs = make_pairs(700, seed=3)
     path = write_pairs(tmp_path / "pairs.tsv", pairs)
     dev = read_pairs(write_pairs(tmp_path / "dev.tsv", [pairs[5], (*pairs[600][1::-1], 3.0)]))
-    file = look_through(path, [dev], 4)
+    file = scan_pairs(path, [dev], 4)
     kept = read_pairs(path)
     keys = {frozenset(pair[:2]) for pair in (pairs[5], pairs[600])}
     rows = [i for i in range(700) if frozenset((kept.left[i], kept.right[i])) not in keys]
@@ -146,7 +144,7 @@ def test_batches_hold_each_pair_once_and_few_at_a_time(tmp_path):
     assert seen != everything
     assert len(widths) == source.steps() == -(-len(file) // 6)
     with pytest.raises(DataError, match="each of its 2 pairs"):
-        look_through(tmp_path / "dev.tsv", [dev], 4)
+        scan_pairs(tmp_path / "dev.tsv", [dev], 4)
 
 
 def test_a_streamed_run_resumes_bit_for_bit(files, tmp_path):

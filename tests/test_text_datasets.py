@@ -12,8 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastsiam.text.datasets import DataError, Pairs, drop_repeats, read_pairs
-from fastsiam.text.scored import stream_pairs
+from fastsiam.text.pairs import DataError, Pairs, drop_repeats, read_pairs, stream_pairs
 
 DATA = Path(__file__).parent / "data"
 STS = "sentence1\tsentence2\tscore\n"
@@ -199,13 +198,13 @@ def test_missing_column(write):
     [
         (pickle.dumps({"a": 1}), "must hold a list, got dict"),
         (pickle.dumps([]), "no sentence pair"),
-        (pickle.dumps([["a", "b"]]), r"row 0: must be \[sentence, sentence, score"),
-        (pickle.dumps([["a", "b", 1], "abc"]), "row 1: must be .* got 'abc'"),
-        (pickle.dumps([["a", 5, 1]]), "row 0: a sentence must be text, got 5"),
-        (pickle.dumps([["a\udc80", "b", 1]]), "row 0: a sentence must be Unicode text, got half"),
-        (pickle.dumps([["a", "b", 9]]), "row 0: the score must be from 1 to 5, got 9"),
+        (pickle.dumps([["a", "b"]]), r"row 1: must be \[sentence, sentence, score"),
+        (pickle.dumps([["a", "b", 1], "abc"]), "row 2: must be .* got 'abc'"),
+        (pickle.dumps([["a", 5, 1]]), "row 1: a sentence must be text, got 5"),
+        (pickle.dumps([["a\udc80", "b", 1]]), "row 1: a sentence must be Unicode text, got half"),
+        (pickle.dumps([["a", "b", 9]]), "row 1: the score must be from 1 to 5, got 9"),
         (pickle.dumps([[b"\xff", "b", 1]], protocol=0), "asks for _codecs.encode"),
-        (b"(lp0\n(lp1\nS'\\xff'\naS'b'\naF1.0\naa.", "row 0: must be UTF-8 text"),
+        (b"(lp0\n(lp1\nS'\\xff'\naS'b'\naF1.0\naa.", "row 1: must be UTF-8 text"),
         (pickle.dumps([["a", "b", 1]])[:-3], "not a readable pickle"),
         (b"(lp0\nmess", "not a readable pickle"),
         (b"garbage", "not a readable pickle"),

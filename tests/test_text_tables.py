@@ -8,7 +8,8 @@ import pytest
 
 from fastsiam.text import tables
 from fastsiam.text.files import DataError
-from fastsiam.text.tables import open_table, read_lines
+from fastsiam.text.formats import open_table
+from fastsiam.text.tables import read_lines
 
 ROWS = [
     ("left", "right"),

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastsiam.text.datasets import DataError
+from fastsiam.text.pairs import DataError
 from fastsiam.text.vectors import load_vectors
 
 KeyedVectors = pytest.importorskip("gensim.models").KeyedVectors
@@ -308,7 +308,7 @@ def test_gensim_missing(tmp_path, monkeypatch):
 
 def test_import_loads_torch_alone():
     code = (
-        "import sys, fastsiam.text.vectors, fastsiam.text.datasets, fastsiam.text.sample;"
+        "import sys, fastsiam.text.vectors, fastsiam.text.pairs, fastsiam.text.sample;"
         "print([m for m in ('gensim', 'nltk', 'scipy', 'triton') if m in sys.modules])"
     )
     command = [sys.executable, "-c", code]

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastsiam.text import vocabulary as module
-from fastsiam.text.datasets import DataError
+from fastsiam.text.pairs import DataError
 from fastsiam.text.tokens import tokenize
 from fastsiam.text.vocabulary import Vocabulary, load_spelling
 

@@ -13,8 +13,8 @@ from fastsiam.cli.exit import EXIT_CODES, exit_codes
 from fastsiam.cli.screen import train_on_screen
 from fastsiam.text.sample import write_sample
 from fastsiam.training.config import Config
-from fastsiam.training.loop import Result
-from fastsiam.training.report import RunFolder
+from fastsiam.training.run import Result
+from fastsiam.training.run_folder import RunFolder
 
 EXAMPLES = 6  # pairs that are printed
 

@@ -13,7 +13,7 @@ from fastsiam.cli.exit import EXIT_CODES, exit_codes
 from fastsiam.cli.options import AsJson, Columns, Device, ModelFolder, ScoreRange, split_columns
 from fastsiam.cli.screen import print_metrics
 from fastsiam.model import TextSiamese
-from fastsiam.text.datasets import read_pairs
+from fastsiam.text.pairs import read_pairs
 from fastsiam.training.evaluate import evaluate
 
 app = typer.Typer()

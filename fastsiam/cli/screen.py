@@ -18,10 +18,9 @@ from fastsiam.model import TextSiamese
 from fastsiam.training.checkpoint import DamagedWarning
 from fastsiam.training.config import Config
 from fastsiam.training.data import Inputs
-from fastsiam.training.evaluate import Metrics
-from fastsiam.training.loop import Result
+from fastsiam.training.metrics import EpochRecord, Metrics
 from fastsiam.training.recipe import run_recipe
-from fastsiam.training.report import EpochRecord
+from fastsiam.training.run import Result, Watcher
 
 
 class _Console(Console):
@@ -31,8 +30,8 @@ class _Console(Console):
         raise BrokenPipeError
 
 
-class _Screen:
-    """How a run goes: a live bar on a terminal, a line an epoch elsewhere, nothing if quiet."""
+class _Screen(Watcher):
+    """Shows a run: a live bar on a terminal, a line an epoch elsewhere, nothing if quiet."""
 
     def __init__(self, config: Config, quiet: bool) -> None:
         self.config, self.quiet = config, quiet
@@ -53,10 +52,11 @@ class _Screen:
         if self.quiet:
             return
         for phase, kept in inputs.phases.items():
-            swapped = f", {inputs.swapped} of them with words swapped" * (phase == "train")
+            swapped = ""
+            if phase == "train" and inputs.swapped:
+                swapped = f", {inputs.swapped} of them with words swapped"
             self._say(
-                f"{phase}: {len(kept)} pairs{swapped * bool(inputs.swapped)}, "
-                f"{inputs.dropped[phase]} repeats dropped"
+                f"{phase}: {len(kept)} pairs{swapped}, {inputs.dropped[phase]} repeats dropped"
             )
         coverage = inputs.coverage
         self._say(
@@ -65,7 +65,7 @@ class _Screen:
         )
         if inputs.truncated:
             self._say(f"sentences cut to {model.max_len} tokens: {inputs.truncated}")
-        self._say(f"backend: {model.lstm.explain()}")
+        self._say(f"backend: {model.lstm.explain(pairs=self.config.batch_size)}")
 
     def on_resume(self, records: Sequence[EpochRecord], step: int, pairs: int) -> None:
         self.progress.advance(self.task, pairs)
@@ -85,8 +85,8 @@ class _Screen:
         name = f"{record.phase} epoch {record.epoch}/{epochs}"
         self.progress.update(self.task, description=name, figures=figures)
         if self.lines and not self.quiet:
-            chosen = best and self.config.select == "dev"
-            self._say(f"{name}: {figures}{'  best' * chosen}")
+            mark = "  best" if best and self.config.select == "dev" else ""
+            self._say(f"{name}: {figures}{mark}")
 
     def _say(self, line: str) -> None:
         self.progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -123,7 +123,7 @@ def train_on_screen(config: Config, quiet: bool, resumable: bool = True) -> Resu
     best = result.best
     assert best.dev_mse is not None
     dev = Metrics(len(result.inputs.dev), best.dev_pearson, best.dev_spearman, best.dev_mse)
-    of_dev = "trained on" if config.train_on_dev else f"epoch {best.epoch}"
+    of_dev = "trained on" if config.train_on_dev else f"{best.phase} epoch {best.epoch}"
     rows = {f"dev ({of_dev})": dev}
     if result.test is not None:
         rows["test"] = result.test.metrics

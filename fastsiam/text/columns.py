@@ -8,12 +8,13 @@ from collections.abc import Sequence
 
 from fastsiam.text.files import DataError, is_unicode, short
 
-ENTAILMENT_COLUMN = "entailment_judgment"  # of SICK
+SICK_HEADER = ("sentence_A", "sentence_B", "relatedness_score", "entailment_judgment")
+ENTAILMENT_COLUMN = SICK_HEADER[3]
 ENTAILMENTS = ("CONTRADICTION", "NEUTRAL", "ENTAILMENT")
 
 # headers that need no columns=: the two sentences, the score, and the range that its makers state
 KNOWN_HEADERS: dict[tuple[str, str, str], tuple[float, float]] = {
-    ("sentence_A", "sentence_B", "relatedness_score"): (1.0, 5.0),  # SICK
+    SICK_HEADER[:3]: (1.0, 5.0),
     ("sentence1", "sentence2", "score"): (0.0, 5.0),  # STS
 }
 DEFAULT_RANGE = (1.0, 5.0)

@@ -14,7 +14,8 @@ from typing import BinaryIO, NamedTuple
 
 from fastsiam.text.columns import KNOWN_HEADERS, as_sentence, find_columns, need_columns, shown
 from fastsiam.text.files import DataError, is_unicode
-from fastsiam.text.tables import Table, open_table, read_lines
+from fastsiam.text.formats import open_table
+from fastsiam.text.tables import Table, read_lines
 from fastsiam.text.whole_file import whole_file
 
 ROWS = 8192  # in a block
@@ -43,8 +44,7 @@ def read_sentences(name: str, stream: BinaryIO, column: str | None) -> Iterator[
     """
     if column is not None:
         table = _open_table(name, stream, [column])
-        (found,) = need_columns(name, table.header, [column])
-        yield from _blocks(name, table, [found])
+        yield from _blocks(table, need_columns(name, table.header, [column]))
         return
     lines = read_lines(name, stream)
     while some := list(islice(lines, ROWS)):
@@ -83,7 +83,7 @@ def read_pairs(
             "--columns LEFT,RIGHT), by numbers such as 1,2 where there is no header; the columns "
             f"are {shown(table.header)}"
         )
-    return table.titled, _blocks(name, table, need_columns(name, table.header, columns))
+    return table.titled, _blocks(table, need_columns(name, table.header, columns))
 
 
 @contextmanager
@@ -146,13 +146,16 @@ def _open_table(name: str, stream: BinaryIO, columns: Sequence[str] | None) -> T
     return open_table(name, stream, header=not numbered)
 
 
-def _blocks(name: str, table: Table, columns: Sequence[str]) -> Iterator[Block]:
+def _blocks(table: Table, columns: Sequence[str]) -> Iterator[Block]:
+    fields = [itemgetter(table.keys[column]) for column in columns]
     while some := list(islice(table.rows, ROWS)):
-        numbers, fields = zip(*some, strict=True)
-        block = Block(numbers, [list(map(itemgetter(table.keys[c]), fields)) for c in columns])
+        numbers, rows = zip(*some, strict=True)
+        block = Block(numbers, [list(map(field, rows)) for field in fields])
         for values in block.columns:
             # JSON has other ones, and halves of characters
             if set(map(type, values)) != {str} or not is_unicode("".join(values)):
-                for number, value in zip(numbers, values, strict=True):
-                    as_sentence(f"{name}, line {number}", value)
+                values[:] = (
+                    as_sentence(table.where(number), value)
+                    for number, value in zip(numbers, values, strict=True)
+                )
         yield block

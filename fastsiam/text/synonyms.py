@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastsiam.text.datasets import Pairs
 from fastsiam.text.files import DataError, read_object
+from fastsiam.text.pairs import Pairs
 from fastsiam.text.tokens import tokenize
 from fastsiam.text.vocabulary import Vocabulary
 

@@ -1,85 +1,49 @@
-"""Tables of text: tab-separated, quoted CSV and JSON lines, read a block of lines at a time."""
+"""Tables of text: tab-separated, quoted CSV and JSON lines, a block of lines at a time."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, BinaryIO, NoReturn
 
 from fastsiam.text.files import DataError, short
 
-Row = tuple[str, Mapping[str, Any]]  # where it stands ("FILE, line N"), and its fields by column
-
 BLOCK_BYTES = 1 << 20  # of whole lines, decoded together
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table that is being read.
+    """A table of sentences, whose rows are read as they are asked for.
 
     Attributes:
+        name: of the file, for messages.
         header: names of the columns; "1", "2" and so on where no line has them.
+        keys: name of a column -> the index or key of its field in a row.
+        rows: number and fields of each row, to be read once, without blank lines. A row is a
+            sequence, or a mapping where each has names of its own.
         titled: whether a line before the rows has the names.
-        keys: name of a column -> what picks its field out of a row.
-        rows: line number and fields of each row; to be read once. Blank lines are left out.
+        unit: what the numbers count, from 1.
     """
 
+    name: str
     header: list[str]
-    titled: bool
     keys: Mapping[str, int | str]
     rows: Iterator[tuple[int, Any]]
+    titled: bool = False
+    unit: str = "line"
+
+    def where(self, number: int) -> str:
+        """Return the place of a row, for a message."""
+        return f"{self.name}, {self.unit} {number}"
 
 
-def read_table(name: str, stream: BinaryIO) -> tuple[list[str], Iterator[Row]]:
-    """Tell the kind of table by its first lines and read it as its rows are asked for.
-
-    Args:
-        name: of the file, for messages.
-        stream: its bytes, UTF-8.
-
-    Returns:
-        The names of the columns and the rows, blank lines left out.
-
-    Raises:
-        DataError: not UTF-8, no header, or, while the rows are read, a line that does not fit.
-    """
-    table = open_table(name, stream)
-
-    def rows() -> Iterator[Row]:
-        for number, row in table.rows:
-            fields = row if isinstance(row, dict) else dict(zip(table.header, row, strict=True))
-            yield f"{name}, line {number}", fields
-
-    return table.header, rows()
-
-
-def open_table(name: str, stream: BinaryIO, *, header: bool = True) -> Table:
-    """Tell the kind of table by its first lines and read it as its rows are asked for.
-
-    Args:
-        name: of the file, for messages.
-        stream: its bytes, UTF-8.
-        header: whether the first line names the columns; JSON lines have their names in each.
-
-    Raises:
-        DataError: no table, or, while the rows are read, not UTF-8 or a line that does not fit.
-    """
-    blocks = _text_blocks(name, stream)
-    start = ""
-    for block in blocks:
-        start += block
-        if start.strip():
-            break
-    if not start:
-        raise DataError(f"{name}: the file is empty")
-    blocks = chain([start], blocks)
-    if start.lstrip().startswith(("{", "[{")):  # an array is refused there, with its line
-        return _json_table(name, blocks)
-    return _delimited_table(name, start, blocks, header)
+def positions(header: Sequence[str]) -> dict[str, int | str]:
+    """Return the `keys` of a table whose rows are sequences."""
+    return {column: index for index, column in enumerate(header)}
 
 
 def read_lines(name: str, stream: BinaryIO) -> Iterator[tuple[int, str]]:
@@ -113,8 +77,23 @@ def _lines(blocks: Iterator[str]) -> Iterator[str]:
             yield line.rstrip("\r")
 
 
-def _delimited_table(name: str, start: str, blocks: Iterator[str], header: bool) -> Table:
-    first = next((line for line in start.split("\n") if line.strip(" \r")), "")
+def delimited_table(name: str, stream: BinaryIO, header: bool) -> Table:
+    """Read tab-separated text as it is, or quoted CSV.
+
+    Args:
+        name: of the file, for messages.
+        stream: its bytes, UTF-8.
+        header: whether the first line names the columns.
+
+    Raises:
+        DataError: no table, or, while the rows are read, not UTF-8 or a line that does not fit.
+    """
+    blocks, first = _text_blocks(name, stream), ""
+    start = ""
+    while not first and (block := next(blocks, None)) is not None:
+        start += block
+        first = next((line for line in start.split("\n") if line.strip(" \r")), "")
+    blocks = chain([start], blocks)
     if "\t" in first:
         # unquoted: a lone " in a sentence must not swallow the lines after it
         numbered: Iterator[tuple[int, list[str]]] = (
@@ -144,7 +123,7 @@ def _delimited_table(name: str, start: str, blocks: Iterator[str], header: bool)
                 )
             yield number, fields
 
-    return Table(columns, header, {column: i for i, column in enumerate(columns)}, rows())
+    return Table(name, columns, positions(columns), rows(), titled=header)
 
 
 def _csv_rows(name: str, blocks: Iterator[str]) -> Iterator[tuple[int, list[str]]]:
@@ -166,9 +145,15 @@ def _csv_rows(name: str, blocks: Iterator[str]) -> Iterator[tuple[int, list[str]
         ) from error
 
 
-def _json_table(name: str, blocks: Iterator[str]) -> Table:
+def json_table(name: str, stream: BinaryIO, _header: bool) -> Table:
+    """Read JSON lines: an object a line, whose keys are the columns.
+
+    Raises:
+        DataError: not UTF-8, or a line that is no object.
+    """
+
     def rows() -> Iterator[tuple[int, _Record]]:
-        for number, line in enumerate(_lines(blocks), start=1):
+        for number, line in read_lines(name, stream):
             if not line.strip():
                 continue
             where = f"{name}, line {number}"
@@ -183,7 +168,7 @@ def _json_table(name: str, blocks: Iterator[str]) -> Table:
     records = rows()
     first = next(records)
     header = list(first[1])
-    return Table(header, False, {column: column for column in header}, chain([first], records))
+    return Table(name, header, {key: key for key in header}, chain([first], records))
 
 
 class _Record(dict[str, Any]):

@@ -1,14 +1,17 @@
 """The state of a run on disk: written whole or not at all, the newest two kept, checked when read.
 
-A checkpoint is one safetensors file. Its header holds the tree of plain values as JSON and the
-SHA-256 of that JSON and of every tensor; nothing in it is run when it is read.
+A checkpoint is the name of its format, the SHA-256 of the rest, and the bytes of `torch.save`.
+`torch.load` reads plain values and tensors alone, and runs nothing.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
+import pickle
+import random
 import re
 import warnings
 from collections.abc import Mapping
@@ -16,15 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fastsiam.text.files import DataError
 from fastsiam.text.whole_file import write_file
-from fastsiam.training.pack import pack, unpack
 
 KEPT = 2
-FORMAT = "1"
-NAME = re.compile(r"step-(\d+)\.safetensors")
+FORMAT = b"fastsiam checkpoint 2\n"
+NAME = re.compile(r"step-(\d+)\.pt")
 
 
 class DamagedWarning(UserWarning):
@@ -66,15 +67,13 @@ class Checkpoint:
 
         Raises:
             OSError: the folder cannot be written.
-            TypeError: the state holds something else.
         """
-        from safetensors.torch import save
-
-        text, tensors = pack({"recipe": self.recipe, "state": dict(state)})
-        header = {"format": FORMAT, "tree": text, "sha256": _digest(text, tensors)}
+        buffer = io.BytesIO()
+        torch.save({"recipe": self.recipe, "state": dict(state)}, buffer)
+        data = buffer.getvalue()
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"step-{step:010d}.safetensors"
-        write_file(path, save(tensors, metadata=header))
+        path = self.folder / f"step-{step:010d}.pt"
+        write_file(path, FORMAT + hashlib.sha256(data).digest() + data)
         _sync_folder(self.folder)
         for old in self.files()[KEPT:]:
             old.unlink(missing_ok=True)
@@ -127,29 +126,20 @@ class Checkpoint:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    from safetensors import SafetensorError, safe_open
-
     try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        data = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except SafetensorError as error:
-        raise DataError(f"{path}: damaged ({error})") from error
-    if header.get("format") != FORMAT:
-        raise DataError(f"{path}: not a checkpoint that this fastsiam wrote")
-    if header.get("sha256") != _digest(header.get("tree", ""), tensors):
+    if not data.startswith(FORMAT):
+        raise DataError(f"{path}: damaged, or not a checkpoint that this fastsiam wrote")
+    digest, tree = data[len(FORMAT) :][:32], data[len(FORMAT) + 32 :]
+    if digest != hashlib.sha256(tree).digest():
         raise DataError(f"{path}: damaged (its checksum is another)")
-    return unpack(header["tree"], tensors)
-
-
-def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256(text.encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    try:
+        found: dict[str, Any] = torch.load(io.BytesIO(tree), "cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise DataError(f"{path}: must hold plain values and tensors alone") from error
+    return found
 
 
 def _sync_folder(folder: Path) -> None:
@@ -160,3 +150,28 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def random_state() -> dict[str, Any]:
+    """Return the states of Python's, NumPy's and PyTorch's global generators."""
+    import numpy as np
+
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    return {
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Put the global generators where `random_state` found them."""
+    import numpy as np
+
+    random.setstate(state["python"])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])

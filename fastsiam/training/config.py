@@ -1,13 +1,17 @@
-"""The settings of a training run: the recipe, the files, the machine; and the named recipes."""
+"""The settings of a training run, declared once, and the named recipes.
+
+A field of `Config` is a setting: its type, default, range and help stand there. The command
+`fastsiam train` has an option for each field.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from fastsiam.checks import POOLINGS
 from fastsiam.engine.select import NAMES as BACKENDS
@@ -15,8 +19,8 @@ from fastsiam.engine.select import NAMES as BACKENDS
 LEARNING_RATES = {"adam": 2e-3, "adadelta": 1.0}  # where none is given
 FORGET_BIASES = {"orig": 2.5, "seed": 1.0, "pytorch": None}  # None: as drawn
 
-# what each recipe sets apart from the defaults of Config. Where the rate falls to 0 the last epoch
-# is kept: a few hundred dev pairs tell the epochs apart no better than chance
+# where a recipe differs from the defaults of Config. Where the rate falls to 0 the last epoch is
+# selected: a few hundred dev pairs tell the epochs apart no better than chance
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         # the TensorFlow 1 program, but for its faults: Adadelta takes its own steps and not 1e-4
@@ -65,158 +69,233 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 )
 
 
+class Range(NamedTuple):
+    """The numbers that a setting may have, as a message says it and as a test."""
+
+    text: str
+    holds: Callable[[float], bool]
+
+
+COUNT = Range("from 1 to 2**31 - 1", lambda n: 1 <= n < 2**31)
+STEPS = Range("0 or more", lambda n: n >= 0)
+FOLDS = Range("at least 2", lambda n: n >= 2)
+SEED = Range("from 0 to 2**63 - 1", lambda n: 0 <= n < 2**63)
+POSITIVE = Range("positive and finite", lambda x: 0 < x < math.inf)
+WEIGHT = Range("0 or more and finite", lambda x: 0 <= x < math.inf)
+SHARE = Range("from 0 to below 1", lambda x: 0 <= x < 1)
+FINITE = Range("finite", math.isfinite)
+
+
+def setting(
+    default: Any,
+    text: str,
+    *,
+    group: str = "Training",
+    within: Range | None = None,
+    choices: Iterable[str] = (),
+    metavar: str | None = None,
+    unset: str = "",
+    free: bool = False,
+) -> Any:
+    """Declare a setting.
+
+    Args:
+        default: its value where none is given; MISSING: it must be given.
+        text: its meaning, for the command's help.
+        group: heading of the option in the command's help.
+        within: range of a number.
+        choices: the allowed texts; none: any.
+        metavar: name of the value in the command's help; None: the choices, or the type's.
+        unset: meaning of the default None.
+        free: whether a resumed run may change it.
+    """
+    choices = tuple(choices)
+    about = {
+        "help": text,
+        "group": group,
+        "within": within,
+        "choices": choices,
+        "metavar": metavar or "|".join(choices) or None,
+        "unset": unset,
+        "free": free,
+    }
+    return field(default=default, metadata=about)
+
+
+def _file(text: str, default: Any = MISSING, metavar: str = "FILE") -> Any:
+    """Declare a place; a resumed run compares contents instead."""
+    return setting(default, text, group="Files", metavar=metavar, free=True)
+
+
 @dataclass(frozen=True)
 class Config:
-    """One training run; the defaults are the recipe "fast", with the epoch that dev chooses.
-
-    Attributes:
-        train: pairs to train on.
-        dev: pairs whose Pearson correlation chooses the epoch that is kept.
-        vectors: word2vec or GloVe files; several join side by side.
-        out: the run folder, new or empty.
-        test: pairs to score at the end; nothing is chosen by them.
-        pretrain: pairs to train on first, by the same recipe with an optimizer of its own; the
-            epoch kept of that phase is where training on `train` starts.
-        synonyms: JSON file, word -> list of words to swap it with: each pair of `train` is seen
-            up to twice more with words swapped.
-        train_on_dev: train on the pairs of `dev` too. They can choose nothing then, so `select`
-            must be "last", and `patience` None.
-        epochs: passes over the pairs, in each phase.
-        pretrain_epochs: passes over the pairs of `pretrain`; None: as many as `epochs`.
-        patience: epochs without a better one on dev after which a phase ends; None: it never does.
-        select: the epoch that is kept: "dev", the one best on dev, or "last".
-        batch_size: pairs a step.
-        hidden_size: size of the LSTM, in each direction.
-        bidirectional: whether a second direction reads from the end.
-        pooling: sentence vector: "last", "mean" or "max" over the states.
-        scale: factor on the L1 distance, or its start where it is learned.
-        learn_scale: whether the factor is trained.
-        start: weights to start from: "orig" (small, of the MaLSTM authors' own program), "seed"
-            (normal of deviation .2, of the TensorFlow article) or "pytorch" (nn.LSTM's).
-        forget_bias: start of the forget gates' bias; None: 2.5 for "orig", 1 for "seed", as drawn
-            for "pytorch".
-        optimizer: "adam" or "adadelta".
-        lr: first learning rate; None: 2e-3 for adam, 1 for adadelta.
-        schedule: "cosine", which falls to 0 over a phase, or "constant".
-        clip: largest norm of the gradient.
-        dropout: share of the word vectors' numbers that are zero in a step, 0 <= dropout < 1. One
-            mask a step serves both sides of every pair.
-        kl_weight: weight of an auxiliary head that classes the pair by its score; 0 for none.
-        entailment_weight: weight of one that predicts the entailment label of SICK; 0 for none.
-        vector_length: mean length that the vectors of each file are brought to; None: as they are.
-        max_len: tokens of a sentence that are read.
-        oov: vector of a word that no file has, "zero" or "random".
-        spelling: JSON file, word as written -> word in the vector files.
-        columns: names of the two sentences and the score in every file; None: a known header.
-        score_range: lowest and highest score in every file; None: that of the header, or 1 to 5.
-        stream: leave the training pairs in their files, and read those once an epoch.
-        shuffle_buffer: pairs that the next one of a streamed file is drawn from, at least 1.
-        ensemble: models that are trained, from seeds that follow one another, and saved as one.
-        calibrate: fit a monotone map from similarities to gold ones on out-of-fold predictions.
-        folds: parts of the training pairs for that, at least 2.
-        seed: of the start and of the order of the pairs.
-        backend: as for `SiameseLSTM`.
-        device: None means CUDA where there is one, else the CPU.
-        precision: "float32", or "bf16": the recurrence computes in bfloat16, weights stay float32.
-        resume: go on with the run in `out`, if there is one.
-        checkpoint_every: steps between checkpoints within an epoch; 0: only where one ends.
-        log_every: steps between lines of `steps.csv`, each of which is about the steps since the
-            line before, the epoch's start or a resume; 0: epochs alone are logged.
-        tensorboard: write event files in `out/tensorboard` too.
+    """One training run; the defaults are the recipe "fast", with the epoch that dev selects.
 
     Raises:
-        ValueError: a value out of range.
+        ValueError: a value out of range, or two that exclude each other.
     """
 
-    train: Path
-    dev: Path
-    vectors: tuple[Path, ...]
-    out: Path
-    test: Path | None = None
-    pretrain: Path | None = None
-    synonyms: Path | None = None
-    train_on_dev: bool = False
-    epochs: int = 16
-    pretrain_epochs: int | None = None
-    patience: int | None = None
-    select: Literal["dev", "last"] = "dev"
-    batch_size: int = 32
-    hidden_size: int = 50
-    bidirectional: bool = False
-    pooling: Literal["last", "mean", "max"] = "last"
-    scale: float = 0.25
-    learn_scale: bool = False
-    start: Literal["orig", "seed", "pytorch"] = "orig"
-    forget_bias: float | None = None
-    optimizer: str = "adam"
-    lr: float | None = None
-    schedule: Literal["cosine", "constant"] = "cosine"
-    clip: float = 5.0
-    dropout: float = 0.0
-    kl_weight: float = 0.0
-    entailment_weight: float = 0.0
-    vector_length: float | None = None
-    max_len: int = 73
-    oov: Literal["zero", "random"] = "zero"
-    spelling: Path | None = None
-    columns: tuple[str, str, str] | None = None
-    score_range: tuple[float, float] | None = None
-    stream: bool = False
-    shuffle_buffer: int = 8192
-    ensemble: int = 1
-    calibrate: bool = False
-    folds: int = 5
-    seed: int = 0
-    backend: str = "auto"
-    device: str | None = None
-    precision: Literal["float32", "bf16"] = "float32"
-    resume: bool = False
-    checkpoint_every: int = 0
-    log_every: int = 0
-    tensorboard: bool = False
+    train: Path = _file("Scored pairs to train on.")
+    dev: Path = _file("Scored pairs whose Pearson correlation selects the epoch.")
+    vectors: tuple[Path, ...] = _file(
+        "Word vectors, word2vec or GloVe; several files join side by side."
+    )
+    out: Path = _file("Run folder, new or empty.", metavar="DIR")
+    test: Path | None = _file("Scored pairs to report on; they select nothing.", default=None)
+    pretrain: Path | None = _file(
+        "Scored pairs to train on first; the selected epoch is where train starts.", default=None
+    )
+    synonyms: Path | None = _file(
+        "JSON: word -> words to swap it with; each training pair comes up to twice more, swapped.",
+        default=None,
+    )
+    spelling: Path | None = _file(
+        "JSON: word as written -> word in the vector files.", default=None
+    )
+    columns: tuple[str, str, str] | None = setting(
+        None,
+        "Names of the two sentences and the score in every file.",
+        group="Files",
+        metavar="LEFT,RIGHT,SCORE",
+        unset="a known header, SICK's or STS's",
+    )
+    score_range: tuple[float, float] | None = setting(
+        None,
+        "Lowest and highest score in every file.",
+        group="Files",
+        metavar="LO HI",
+        unset="that of the known header, else 1 5",
+    )
+    stream: bool = setting(
+        False, "Leave training pairs in their files, for large ones.", group="Files"
+    )
+    shuffle_buffer: int = setting(
+        8192, "Pairs that a streamed pair is drawn from.", group="Files", within=COUNT
+    )
+    train_on_dev: bool = setting(
+        False, "Train on the dev pairs too; selects the last epoch, without patience."
+    )
+    epochs: int = setting(16, "Passes over the pairs, in each phase.", within=COUNT)
+    pretrain_epochs: int | None = setting(
+        None, "Passes over the pairs of pretrain.", within=COUNT, unset="those of train"
+    )
+    patience: int | None = setting(
+        None, "Epochs without a better one on dev that end a phase.", within=COUNT, unset="none"
+    )
+    select: Literal["dev", "last"] = setting(
+        "dev",
+        "The epoch of a phase whose weights stay: the best on dev, or the last.",
+        choices=("dev", "last"),
+    )
+    batch_size: int = setting(32, "Pairs a step.", within=COUNT)
+    optimizer: str = setting("adam", "The optimizer.", choices=LEARNING_RATES)
+    lr: float | None = setting(
+        None, "First learning rate.", within=POSITIVE, unset="adam 0.002, adadelta 1"
+    )
+    schedule: Literal["cosine", "constant"] = setting(
+        "cosine",
+        "The learning rate falls to 0 over a phase, or stays.",
+        choices=("cosine", "constant"),
+    )
+    clip: float = setting(5.0, "Largest gradient norm.", within=POSITIVE)
+    dropout: float = setting(
+        0.0,
+        "Share of the word vectors' numbers that are 0 in a step, by one mask for both sides.",
+        within=SHARE,
+    )
+    kl_weight: float = setting(
+        0.0, "Weight of an auxiliary head that classes the score.", within=WEIGHT
+    )
+    entailment_weight: float = setting(
+        0.0, "Weight of a head that predicts SICK's entailment label.", within=WEIGHT
+    )
+    ensemble: int = setting(
+        1, "Models to train, from seeds in a row, and to save as one.", within=COUNT
+    )
+    calibrate: bool = setting(
+        False, "Fit the scores by isotonic regression on out-of-fold predictions."
+    )
+    folds: int = setting(5, "Parts of the training pairs to calibrate on.", within=FOLDS)
+    seed: int = setting(0, "Of the start and of the order of the pairs.", within=SEED)
+    hidden_size: int = setting(
+        50, "Size of the LSTM, in each direction.", group="Model", within=COUNT
+    )
+    bidirectional: bool = setting(False, "A second direction reads from the end.", group="Model")
+    pooling: str = setting(
+        "last", "Sentence vector, from the hidden states.", group="Model", choices=POOLINGS
+    )
+    scale: float = setting(
+        0.25, "Factor on the L1 distance, or its start.", group="Model", within=POSITIVE
+    )
+    learn_scale: bool = setting(False, "Train that factor.", group="Model")
+    start: Literal["orig", "seed", "pytorch"] = setting(
+        "orig",
+        "Weights to start from: small, of the MaLSTM authors' own program; normal of deviation "
+        "0.2, of the TensorFlow article; or nn.LSTM's.",
+        group="Model",
+        choices=FORGET_BIASES,
+    )
+    forget_bias: float | None = setting(
+        None,
+        "Start of the forget gates' bias.",
+        group="Model",
+        within=FINITE,
+        unset="orig 2.5, seed 1, pytorch as drawn",
+    )
+    vector_length: float | None = setting(
+        None,
+        "Mean length to bring the vectors of each file to.",
+        group="Model",
+        within=POSITIVE,
+        unset="none",
+    )
+    max_len: int = setting(73, "Tokens of a sentence that are read.", group="Model", within=COUNT)
+    oov: Literal["zero", "random"] = setting(
+        "zero", "Vector of a word that no file has.", group="Model", choices=("zero", "random")
+    )
+    backend: str = setting("auto", "What computes the LSTM.", group="Machine", choices=BACKENDS)
+    device: str | None = setting(
+        None,
+        "cpu, cuda or cuda:0.",
+        group="Machine",
+        metavar="NAME",
+        unset="cuda where there is one",
+        free=True,
+    )
+    precision: Literal["float32", "bf16"] = setting(
+        "float32",
+        "The recurrence computes in this; weights stay float32.",
+        group="Machine",
+        choices=("float32", "bf16"),
+    )
+    resume: bool = setting(
+        False, "Go on with the run in out, if there is one.", group="Run", free=True
+    )
+    checkpoint_every: int = setting(
+        0, "Steps between checkpoints; 0: one an epoch.", group="Run", within=STEPS, free=True
+    )
+    log_every: int = setting(
+        0,
+        "Steps between lines of steps.csv, each about those since the line before, the epoch's "
+        "start or a resume; 0: none.",
+        group="Run",
+        within=STEPS,
+        free=True,
+    )
+    tensorboard: bool = setting(
+        False, "Write event files in out/tensorboard too.", group="Run", free=True
+    )
 
     def __post_init__(self) -> None:
-        counts = ("epochs", "pretrain_epochs", "patience", "batch_size", "hidden_size", "max_len")
-        for name in (*counts, "ensemble", "shuffle_buffer"):
-            value = getattr(self, name)
-            if value is not None and not 1 <= value < 2**31:
-                raise ValueError(f"{name} must be from 1 to 2**31 - 1, got {value}")
-        for name in ("scale", "clip", "lr", "vector_length"):
-            value = getattr(self, name)
-            if value is not None and not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"{name} must be positive and finite, got {value}")
-        for name in ("kl_weight", "entailment_weight"):
-            value = getattr(self, name)
-            if not (value >= 0 and math.isfinite(value)):
-                raise ValueError(f"{name} must be 0 or more and finite, got {value}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be from 0 to below 1, got {self.dropout}")
-        if self.forget_bias is not None and not math.isfinite(self.forget_bias):
-            raise ValueError(f"forget_bias must be finite, got {self.forget_bias}")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed must be from 0 to 2**63 - 1, got {self.seed}")
+        for declared in fields(self):
+            name, value = declared.name, getattr(self, declared.name)
+            within, choices = declared.metadata["within"], declared.metadata["choices"]
+            if within and value is not None and not within.holds(value):
+                raise ValueError(f"{name} must be {within.text}, got {value}")
+            if choices and value not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
         if not self.vectors:
             raise ValueError("vectors must name at least one file, got none")
-        for name in ("checkpoint_every", "log_every"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
-        if self.folds < 2:
-            raise ValueError(f"folds must be at least 2, got {self.folds}")
-        choices: dict[str, Any] = {
-            "select": ("dev", "last"),
-            "pooling": POOLINGS,
-            "start": FORGET_BIASES,
-            "optimizer": LEARNING_RATES,
-            "schedule": ("cosine", "constant"),
-            "oov": ("zero", "random"),
-            "backend": BACKENDS,
-            "precision": ("float32", "bf16"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
-                )
         if self.train_on_dev and (self.select == "dev" or self.patience is not None):
             raise ValueError(
                 "train_on_dev must go with select 'last' and no patience: pairs that are trained "
@@ -276,3 +355,8 @@ class Config:
             return str(value) if isinstance(value, Path) else value
 
         return {name: plain(value) for name, value in asdict(self).items()}
+
+
+Config.__doc__ = f"{Config.__doc__}\nAttributes:\n" + "".join(
+    f"    {each.name}: {each.metadata['help']}\n" for each in fields(Config)
+)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from fastsiam.model import cut
-from fastsiam.text.datasets import (
-    DataError,
+from fastsiam.text.files import DataError
+from fastsiam.text.pair_file import PairFile, scan_pairs
+from fastsiam.text.pairs import (
     Pairs,
     drop_repeats,
     join_pairs,
@@ -26,7 +27,6 @@ from fastsiam.text.vectors import Coverage, WordVectors, load_vectors
 from fastsiam.text.vocabulary import Encoded, Vocabulary, load_spelling
 from fastsiam.training.config import Config
 from fastsiam.training.objective import Batch
-from fastsiam.training.pair_file import PairFile, look_through
 
 FOLD_SEED = 0  # the parts are the same for every model of an ensemble
 
@@ -85,8 +85,8 @@ class EncodedPairs:
     def split(self, folds: int, fold: int) -> tuple[EncodedPairs, EncodedPairs]:
         """Return the pairs outside and inside one of the parts that the pairs are dealt into.
 
-        Equal pairs are in one part. A pair with swapped words is in no part, since only pairs of a
-        file are, and outside those that the pair is in that it was made from or is equal to.
+        Equal pairs are in one part. A pair with swapped words is in no part. It is outside a part
+        unless that part holds the pair it was made from, or a pair equal to it.
         """
         rows = torch.arange(len(self))
         origin = rows if self.origin is None else self.origin
@@ -159,7 +159,7 @@ def load_inputs(config: Config) -> Inputs:
     test = None if config.test is None else _read(config, config.test)
     held_out = [part for part in (dev, test) if part is not None]
     if config.stream:
-        return _look_through(config, dev, test)
+        return _scan_inputs(config, dev, test)
     kept_from = held_out[1:] if config.train_on_dev else held_out
     phases: dict[str, Pairs] = {}
     dropped: dict[str, int] = {}
@@ -242,12 +242,12 @@ def _deal(group: Tensor, folds: int) -> Tensor:
     return torch.tensor(part)[number]
 
 
-def _look_through(config: Config, dev: Pairs, test: Pairs | None) -> Inputs:
-    """Read what is held out, and look through the files of training pairs."""
+def _scan_inputs(config: Config, dev: Pairs, test: Pairs | None) -> Inputs:
+    """Read the held-out pairs, and scan the files of training pairs."""
     held_out = {"dev": dev} | ({} if test is None else {"test": test})
     paths = {"pretrain": config.pretrain, "train": config.train}
     files = {
-        phase: look_through(
+        phase: scan_pairs(
             path, list(held_out.values()), config.max_len, config.columns, config.score_range
         )
         for phase, path in paths.items()

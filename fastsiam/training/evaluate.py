@@ -1,4 +1,4 @@
-"""Pearson, Spearman and mean squared error of a model on scored pairs."""
+"""A model on scored pairs: its similarities, and how well they agree with the gold scores."""
 
 from __future__ import annotations
 
@@ -9,33 +9,15 @@ import torch
 from torch import Tensor
 
 from fastsiam.model import TextSiamese
-from fastsiam.text.datasets import Pairs
+from fastsiam.text.pairs import Pairs
 from fastsiam.training.data import EncodedPairs
+from fastsiam.training.metrics import Metrics, measure
 from fastsiam.training.world import World
 
 
 @dataclass(frozen=True)
-class Metrics:
-    """How well predictions agree with gold scores.
-
-    Attributes:
-        n: number of pairs.
-        pearson: correlation, -1..1; None where it is undefined.
-        spearman: correlation of the ranks; None where it is undefined.
-        mse: mean squared error after both sides are mapped to 1..5.
-        undefined: why there are no correlations; empty where there are.
-    """
-
-    n: int
-    pearson: float | None
-    spearman: float | None
-    mse: float
-    undefined: str = ""
-
-
-@dataclass(frozen=True)
 class Evaluation:
-    """What a model makes of scored pairs.
+    """How a model scores pairs.
 
     Attributes:
         metrics: the agreement with the gold scores.
@@ -50,25 +32,6 @@ class Evaluation:
     unknown: Counter[str]
     truncated: int
     calibrated: Metrics | None = None
-
-
-def measure(predicted: Tensor, gold: Tensor) -> Metrics:
-    """Compare predicted and gold similarities, both [n] in 0..1, n at least 1."""
-    from scipy.stats import pearsonr, spearmanr
-
-    predicted, gold = predicted.double().cpu(), gold.double().cpu()
-    n = len(gold)
-    mse = float((4 * (predicted - gold)).square().mean())  # 4: the width of 1..5
-    if n < 2:
-        undefined = "a correlation needs at least two pairs"
-    elif bool((gold == gold[0]).all()):
-        undefined = "the gold scores are all the same"
-    elif bool((predicted == predicted[0]).all()):
-        undefined = "the predictions are all the same"
-    else:
-        both = predicted.numpy(), gold.numpy()
-        return Metrics(n, float(pearsonr(*both)[0]), float(spearmanr(*both)[0]), mse)
-    return Metrics(n, None, None, mse, undefined)
 
 
 def score_pairs(model: TextSiamese, pairs: EncodedPairs, world: World | None = None) -> Tensor:

@@ -13,9 +13,10 @@ from fastsiam.device import pick_device
 from fastsiam.model import TextSiamese
 from fastsiam.training.config import Config
 from fastsiam.training.data import EncodedPairs, Inputs, load_inputs
-from fastsiam.training.evaluate import Evaluation, evaluate, measure, score_pairs
-from fastsiam.training.loop import Result, Watcher, facts, train
-from fastsiam.training.report import EpochRecord, RunFolder
+from fastsiam.training.evaluate import Evaluation, evaluate, score_pairs
+from fastsiam.training.metrics import EpochRecord, measure
+from fastsiam.training.run import Result, Watcher, facts, train
+from fastsiam.training.run_folder import RunFolder
 from fastsiam.training.world import find_world
 
 
@@ -49,7 +50,7 @@ def run_recipe(config: Config, watcher: Watcher | None = None) -> Result:
     world = find_world(pick_device(config.device))
     folder = RunFolder(config.out, config.resume, many=True) if world.main else None
     inputs = load_inputs(config)
-    progress = _Progress(watcher, inputs, config)
+    progress = _Progress(watcher or Watcher(), inputs, config)
 
     results: list[Result] = []
     for number in range(config.ensemble):
@@ -114,10 +115,10 @@ def _run(config: Config, number: int, kind: str, inputs: Inputs, progress: _Prog
     return train(one, progress, inputs)
 
 
-class _Progress:
+class _Progress(Watcher):
     """Tells a watcher of many runs as if they were one."""
 
-    def __init__(self, watcher: Watcher | None, inputs: Inputs, config: Config) -> None:
+    def __init__(self, watcher: Watcher, inputs: Inputs, config: Config) -> None:
         self.watcher, self.inputs, self.name = watcher, inputs, ""
         members, folds = config.ensemble, config.folds if config.calibrate else 0
         # each fold trains on all parts but one
@@ -125,22 +126,18 @@ class _Progress:
         self.started = False
 
     def on_start(self, _inputs: Inputs, model: TextSiamese, pairs: int) -> None:
-        if self.watcher is not None and not self.started:
+        if not self.started:
             self.watcher.on_start(self.inputs, model, round(pairs * self.runs))
         self.started = True
 
     def on_resume(self, records: Sequence[EpochRecord], step: int, pairs: int) -> None:
-        if self.watcher is not None:
-            self.watcher.on_resume(records, step, pairs)
+        self.watcher.on_resume(records, step, pairs)
 
     def on_batch(self, pairs: int) -> None:
-        if self.watcher is not None:
-            self.watcher.on_batch(pairs)
+        self.watcher.on_batch(pairs)
 
     def on_epoch(self, record: EpochRecord, best: bool) -> None:
-        if self.watcher is not None:
-            named = replace(record, phase=f"{self.name}, {record.phase}")
-            self.watcher.on_epoch(named, best)
+        self.watcher.on_epoch(replace(record, phase=f"{self.name}, {record.phase}"), best)
 
 
 def _facts(

@@ -1,290 +1,322 @@
-"""The state of training, step by step: what a checkpoint holds, and what it is applied to."""
+"""One run, from files to a folder: read, train, keep the selected epoch, score the test pairs."""
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
+import platform
 import signal
-import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
-from itertools import islice
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from fastsiam.device import pick_device
+from fastsiam.model import TextSiamese
+from fastsiam.text.pair_file import PairFile
+from fastsiam.training.batches import PairBatches, Source, StreamBatches
 from fastsiam.training.checkpoint import Checkpoint
-from fastsiam.training.epoch import Precision, run_epoch
-from fastsiam.training.evaluate import Metrics
-from fastsiam.training.guard import LIMIT, Guard, NotFiniteError
-from fastsiam.training.logs import Logs
-from fastsiam.training.phase import Observer, Phase
-from fastsiam.training.randomness import random_state, set_random_state
-from fastsiam.training.report import EpochRecord
-from fastsiam.training.running import Running
-from fastsiam.training.world import World
+from fastsiam.training.config import Config
+from fastsiam.training.data import EncodedPairs, Inputs, load_inputs
+from fastsiam.training.evaluate import Evaluation, evaluate, score_pairs
+from fastsiam.training.fit import Fit, Observer, Phase, fit
+from fastsiam.training.metrics import EpochRecord, Metrics, measure
+from fastsiam.training.objective import make_objective
+from fastsiam.training.run_folder import Logs, RunFolder
+from fastsiam.training.start import initialize, make_optimizer
+from fastsiam.training.step import NotFiniteError
+from fastsiam.training.world import World, find_world
 
-# steps between two looks at what the device found; on the CPU a look waits for nothing
-LOOK_EVERY = {"cpu": 1}
-LOOK_EVERY_ELSEWHERE = 50
+NEEDED = ("gensim", "matplotlib", "nltk", "safetensors", "scipy")
 
 
-class Run:
-    """The state of `fit`: everything that a checkpoint holds, and what it is applied to."""
+class Watcher(Observer):
+    """Is told how a run goes; Ctrl-C in it ends the run after the step."""
 
-    stop: Callable[[], int]
-    observer: Observer | None
-    logs: Logs | None
+    def on_start(self, inputs: Inputs, model: TextSiamese, pairs: int) -> None:
+        """The inputs are read; `pairs` training pairs will be seen in all."""
 
-    def __init__(
-        self,
-        objective: nn.Module,
-        phases: Sequence[Phase],
-        dev: Callable[[], Metrics] | None,
-        clip: float,
-        generator: torch.Generator | None,
-        checkpoint: Checkpoint | None,
-        precision: Precision,
-        world: World,
-    ) -> None:
-        self.objective, self.phases, self.dev, self.clip = objective, phases, dev, clip
-        self.generator = generator or torch.Generator().manual_seed(0)
-        self.checkpoint, self.precision, self.world = checkpoint, precision, world
-        self.wrapped = world.wrap(objective)
-        self.device = next(objective.parameters()).device
-        self.guard, self.running = Guard(self.device), Running(self.device)
-        self.phase = self.done = self.step = self.signal = 0  # done: steps of this epoch
-        self.epoch = 1
-        self.order = self.generator.get_state()  # at the start of this epoch
-        self.seconds = 0.0  # of this epoch
-        self.records: list[EpochRecord] = []
-        self.best: EpochRecord | None = None
-        self.kept = self.last = copy_weights(objective)
 
-    def run(self) -> None:
-        """Run what is left of the phases."""
-        while self.phase < len(self.phases):
-            phase = self.phases[self.phase]
-            while self.epoch <= phase.epochs and not self._out_of_patience(phase):
-                self._epoch(phase)
-                if self.signal:
-                    break
-            self.last = copy_weights(self.objective)
-            if self.best is not None:
-                load_weights(self.objective, self.kept)
-            if self.signal:
-                return
-            self.phase, self.epoch = self.phase + 1, 1
+@dataclass(frozen=True)
+class Result:
+    """The result of a run.
 
-    def _out_of_patience(self, phase: Phase) -> bool:
-        if phase.patience is None or self.dev is None:
-            return False
-        records = [record for record in self.records if record.phase == phase.name]
-        ranks = [_rank(record) for record in records]
-        return bool(ranks) and len(ranks) - 1 - ranks.index(max(ranks)) >= phase.patience
+    Attributes:
+        model: with the weights of the selected epoch.
+        best: that epoch; None where the run was interrupted before the first one ended.
+        inputs: the pairs and vectors that it read.
+        test: the test pairs, scored; None without them, or after an interruption.
+        signal: number of the signal that ended the run early, SIGINT or SIGTERM, or 0.
+    """
 
-    def _epoch(self, phase: Phase) -> None:
-        start, before = time.perf_counter(), self.seconds
-        look_every = LOOK_EVERY.get(self.device.type, LOOK_EVERY_ELSEWHERE)
-        if self.world.size > 1:
-            look_every = LOOK_EVERY_ELSEWHERE
+    model: TextSiamese
+    best: EpochRecord | None
+    inputs: Inputs
+    test: Evaluation | None
+    signal: int
 
-        def after_step(pairs: int) -> bool:
-            self.done, self.step = self.done + 1, self.step + 1
-            self.seconds = before + time.perf_counter() - start
-            self._tell(lambda observer: observer.on_batch(pairs))
-            if self.step % look_every == 0:
-                self._look(phase)
-                # together: a process that stopped alone would leave the others waiting
-                self.signal = max(self.world.gather(self.signal or self.stop()))
-            elif self.world.size == 1:
-                self.signal = self.signal or self.stop()
-            if self.logs is not None and self.logs.every and self.step % self.logs.every == 0:
-                where = {
-                    "phase": phase.name,
-                    "epoch": self.epoch,
-                    "lr": float(phase.schedule.get_last_lr()[0]),
-                }
-                skipped = self._look(phase)
-                self.logs.step(self.step, where, self.running, skipped, self.objective)
-            due = self.checkpoint is not None and self.checkpoint.every
-            if self.signal or (due and self.step % due == 0):
-                self._look(phase)
-                self._save()
-            return not self.signal
+    @property
+    def interrupted(self) -> bool:
+        """Whether a signal ended the run."""
+        return self.signal != 0
 
-        run_epoch(
-            self.wrapped,
-            phase.source,
-            self._batches(phase),
-            phase.optimizer,
-            phase.schedule,
-            clip=self.clip,
-            precision=self.precision,
-            guard=self.guard,
-            running=self.running,
-            world=self.world,
-            after_step=after_step,
+
+def train(config: Config, watcher: Watcher | None = None, inputs: Inputs | None = None) -> Result:
+    """Run a training from files to a run folder.
+
+    All inputs are checked first. The folder gets `metrics.csv`, `checkpoints/` and, at each epoch
+    that is kept, the model; at the end the model of the last epoch in `last/`, `predictions.tsv`,
+    `plot.png` and `run.json`. Ctrl-C and SIGTERM end the run after the step, with a checkpoint and
+    what there is by then; a second Ctrl-C ends it at once. `config.resume` goes on from the newest
+    checkpoint.
+
+    Started several times by torchrun or `accelerate launch`, the processes share each batch; the
+    first writes the folder.
+
+    Args:
+        config: the settings; one model is trained, whatever its `ensemble` and `calibrate`.
+        watcher: told of the progress, if given.
+        inputs: what `load_inputs` read with the same settings; None: read now.
+
+    Returns:
+        The trained model and its figures.
+
+    Raises:
+        DataError: a file that cannot be used, or a run folder without a whole checkpoint.
+        ValueError: `config.out` is in use, its run had another recipe, or the loss is not finite.
+        ImportError: a package is missing.
+        UnavailableError: the device or the backend cannot be used on this machine.
+        OSError: the run folder cannot be written.
+    """
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(
+            f"train: {', '.join(missing)} missing; install with: pip install {' '.join(missing)}"
         )
-        if not self.signal:
-            self._end_epoch(phase)
-            # what came while dev was scored
-            self.signal = max(self.world.gather(self.signal or self.stop()))
-
-    def _batches(self, phase: Phase) -> Iterable[Any]:
-        """Return the batches that are left of this epoch."""
-        now = self.generator.get_state()
-        if not self.done:
-            self.order = now
-            return phase.source.batches(self.generator)
-        # drawn once more as when the epoch began; then on from where the checkpoint was
-        self.generator.set_state(self.order)
-        left = islice(phase.source.batches(self.generator), self.done, None)
-        self.generator.set_state(now)
-        return left
-
-    def _end_epoch(self, phase: Phase) -> None:
-        skipped = self._look(phase)
-        figures = self._merged().figures()
-        metrics = None if self.dev is None else self.dev()
-        pairs = len(phase.source)
-        record = EpochRecord(
-            epoch=self.epoch,
-            phase=phase.name,
-            loss=figures.loss,
-            dev_pearson=None if metrics is None else metrics.pearson,
-            dev_spearman=None if metrics is None else metrics.spearman,
-            dev_mse=None if metrics is None else metrics.mse,
-            time_s=self.seconds,
-            pairs_per_s=pairs / self.seconds,
-            gradient_norm=figures.gradient_norm,
-            lr=float(phase.schedule.get_last_lr()[0]),
-            mse=figures.mse,
-            pearson=figures.pearson,
-            spearman=figures.spearman,
-            clamped=figures.clamped,
-            skipped=skipped - sum(record.skipped for record in self.records),
-            steps=self.done,
-        )
-        self.records.append(record)
-        better = (
-            self.dev is None
-            or phase.select == "last"
-            or self.best is None
-            or _rank(record) > _rank(self.best)
-        )
-        if better:
-            self.best, self.kept = record, copy_weights(self.objective)
-        if self.logs is not None:
-            self.logs.epoch(self.step, record)
-        self.running = Running(self.device)
-        self.epoch, self.done, self.seconds = self.epoch + 1, 0, 0.0
-        self.order = self.generator.get_state()
-        # before the observer writes the model: one without a checkpoint is no run to go on with
-        if self.checkpoint is not None:
-            self._save()
-        self._tell(lambda observer: observer.on_epoch(record, better))
-
-    def _look(self, phase: Phase) -> int:
-        """Return the number of skipped steps so far, unless there were ten in a row."""
-        skipped, over = self.guard.look()
-        if over:
-            saved = self.checkpoint.files() if self.checkpoint is not None else []
-            kept = f"; the last good state is {saved[0]}" if saved else ""
+    world = find_world(pick_device(config.device))
+    folder = RunFolder(config.out, config.resume) if world.main else None
+    if inputs is None:
+        inputs = load_inputs(config)
+    model = TextSiamese(
+        inputs.vocabulary,
+        inputs.table,
+        config.hidden_size,
+        bidirectional=config.bidirectional,
+        pooling=config.pooling,
+        scale=config.scale,
+        learn_scale=config.learn_scale,
+        max_len=config.max_len,
+        score_range=inputs.score_range,
+        backend=config.backend,
+        device=config.device,
+    )
+    if watcher is not None:
+        total = sum(len(p) * config.epochs_of(phase) for phase, p in inputs.phases.items())
+        watcher.on_start(inputs, model, total)
+    # the caller's own random numbers go on as if nothing had been drawn
+    with torch.random.fork_rng(), stop_signals() as stop:
+        torch.manual_seed(config.seed)
+        writer = None if folder is None else _Writer(folder, model)
+        observers = [observer for observer in (writer, watcher) if observer is not None]
+        try:
+            outcome = _fit(config, inputs, model, world, observers, stop)
+            if outcome.signal:
+                # a signal of this process's own that came meanwhile is answered with this
+                stop()
+        except NotFiniteError as error:
             raise NotFiniteError(
-                f"fit: the loss or its gradient was not finite in {LIMIT} steps in a row, in epoch "
-                f"{self.epoch} of {phase.name}{kept}; lower the learning rate"
-            )
-        return skipped
+                f"{error}: lower lr ({config.first_lr:g}) or scale ({config.scale:g})"
+            ) from error
+    test = None
+    if inputs.test is not None and not outcome.signal:
+        test = evaluate(model, inputs.test)
+    if folder is not None:
+        _write(folder, config, inputs, model, outcome, test)
+    return Result(model, outcome.best, inputs, test, outcome.signal)
 
-    def _save(self) -> None:
-        """Write the state; every process calls this."""
-        random = self.world.gather(random_state())
-        running = self._merged().state_dict()
-        if not self.world.main or self.checkpoint is None:
-            return
-        phase = self.phases[self.phase]
-        state = {
-            "phase": self.phase,
-            "epoch": self.epoch,
-            "done": self.done,
-            "step": self.step,
-            "seconds": self.seconds,
-            "order": self.order,
-            "generator": self.generator.get_state(),
-            "random": random,
-            "weights": copy_weights(self.objective),
-            "optimizer": phase.optimizer.state_dict(),
-            "schedule": phase.schedule.state_dict(),
-            "guard": self.guard.state_dict(),
-            "running": running,
-            "records": [asdict(record) for record in self.records],
-            "best": None if self.best is None else self.records.index(self.best),
-            "kept": self.kept,
+
+def _fit(
+    config: Config,
+    inputs: Inputs,
+    model: TextSiamese,
+    world: World,
+    observers: Sequence[Observer],
+    stop: Callable[[], int],
+) -> Fit:
+    generator = torch.Generator().manual_seed(config.seed)
+    initialize(model.lstm, config.forget_bias, generator, config.start)
+    objective = make_objective(model.lstm, config, generator)
+    phases = []
+    for name, pairs in inputs.phases.items():
+        source: Source = (
+            PairBatches(pairs, config.batch_size)
+            if isinstance(pairs, EncodedPairs)
+            else StreamBatches(
+                pairs, model.vocabulary, config.max_len, config.batch_size, config.shuffle_buffer
+            )
+        )
+        epochs = config.epochs_of(name)
+        optimizer, schedule = make_optimizer(objective, config, epochs * source.steps())
+        phases.append(
+            Phase(name, source, epochs, optimizer, schedule, config.select, config.patience)
+        )
+
+    def dev() -> Metrics:
+        return measure(score_pairs(model, inputs.dev, world), inputs.dev.similarity)
+
+    logs = Logs(config.out, config.log_every, config.tensorboard)
+    outcome = fit(
+        objective,
+        phases,
+        dev=dev,
+        clip=config.clip,
+        generator=generator,
+        checkpoint=Checkpoint(
+            config.out / "checkpoints",
+            every=config.checkpoint_every,
+            recipe=fingerprint(config, inputs),
+        ),
+        precision=config.precision,
+        stop=stop,
+        observers=observers,
+        logs=logs if world.main else None,
+        world=world,
+    )
+    if world.main and not outcome.signal:
+        objective.load_state_dict(outcome.last, strict=False)
+        model.save_pretrained(config.out / "last")
+        objective.load_state_dict(outcome.kept, strict=False)
+    return outcome
+
+
+class _Writer(Observer):
+    """Writes the metrics and the selected model while training goes on."""
+
+    def __init__(self, folder: RunFolder, model: TextSiamese) -> None:
+        self.folder, self.model = folder, model
+        self.records: list[EpochRecord] = []
+
+    def on_resume(self, records: Sequence[EpochRecord], _step: int, _pairs: int) -> None:
+        self.records = list(records)
+        if records:
+            self.folder.write_metrics(self.records)
+
+    def on_epoch(self, record: EpochRecord, best: bool) -> None:
+        self.records.append(record)
+        self.folder.write_metrics(self.records)
+        if best:
+            self.model.save_pretrained(self.folder.path)
+
+
+def facts(config: Config, inputs: Inputs, model: TextSiamese) -> dict[str, Any]:
+    """Return what `run.json` says of any run: its settings, what it read, and what ran it."""
+    return {
+        "config": config.to_dict(),
+        "backend": model.lstm.explain(pairs=config.batch_size),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "pairs": {phase: len(pairs) for phase, pairs in inputs.phases.items()},
+        "dropped": inputs.dropped,
+        "swapped": inputs.swapped,
+        "truncated": inputs.truncated,
+        "token_coverage": inputs.coverage.token_share,
+    }
+
+
+def _write(
+    folder: RunFolder,
+    config: Config,
+    inputs: Inputs,
+    model: TextSiamese,
+    outcome: Fit,
+    test: Evaluation | None,
+) -> None:
+    """Write what a run leaves at its end; `model` has the weights that are kept."""
+    model.save_pretrained(folder.path)
+    if inputs.test is not None and test is not None:
+        folder.write_predictions(inputs.test, test.similarity)
+    if outcome.records:
+        folder.write_plot(outcome.records)
+    folder.write_run(
+        {
+            **facts(config, inputs, model),
+            "steps": outcome.step,
+            "skipped": sum(record.skipped for record in outcome.records),
+            "interrupted": outcome.signal != 0,
+            "best": None if outcome.best is None else asdict(outcome.best),
+            "test": None if test is None else asdict(test.metrics),
         }
-        self.checkpoint.save(self.step, state)
-
-    def resume(self) -> None:
-        """Take up the newest checkpoint, if there is one."""
-        state = None if self.checkpoint is None else self.checkpoint.load()
-        if state is None:
-            return
-        if len(state["random"]) != self.world.size:
-            raise ValueError(
-                f"resume: the number of processes must be {len(state['random'])}, as before, "
-                f"got {self.world.size}"
-            )
-        self.phase, self.epoch, self.done = state["phase"], state["epoch"], state["done"]
-        self.step, self.seconds, self.order = state["step"], state["seconds"], state["order"]
-        phase = self.phases[self.phase]
-        try:
-            load_weights(self.objective, state["weights"])
-            phase.optimizer.load_state_dict(state["optimizer"])
-        except (RuntimeError, ValueError) as error:
-            raise ValueError(f"resume: the checkpoint is of another model: {error}") from error
-        phase.schedule.load_state_dict(state["schedule"])
-        self.guard.load_state_dict(state["guard"])
-        if self.world.main:  # it holds the sums of all
-            self.running.load_state_dict(state["running"])
-        self.records = [EpochRecord(**values) for values in state["records"]]
-        self.best = None if state["best"] is None else self.records[state["best"]]
-        self.kept = {name: tensor.to(self.device) for name, tensor in state["kept"].items()}
-        pairs = sum(len(self._phase(record.phase).source) for record in self.records)
-        pairs += round(self.done / phase.source.steps() * len(phase.source))
-        self._tell(lambda observer: observer.on_resume(self.records, self.step, pairs))
-        # last: nothing above may draw from them afterwards
-        self.generator.set_state(state["generator"])
-        set_random_state(state["random"][self.world.rank])
-
-    def _phase(self, name: str) -> Phase:
-        return next(phase for phase in self.phases if phase.name == name)
-
-    def _merged(self) -> Running:
-        """Return the sums of all processes."""
-        if self.world.size == 1:
-            return self.running
-        return Running.merged(self.world.gather(self.running.state_dict()), self.device)
-
-    def _tell(self, tell: Callable[[Observer], None]) -> None:
-        """Tell the observer; Ctrl-C in it ends training after the step, as a signal does."""
-        if self.observer is None:
-            return
-        try:
-            tell(self.observer)
-        except KeyboardInterrupt:
-            self.signal = signal.SIGINT
+    )
 
 
-def _rank(record: EpochRecord) -> float:
-    return -1.0 if record.dev_pearson is None else record.dev_pearson
+def fingerprint(config: Config, inputs: Inputs) -> dict[str, Any]:
+    """Return what a resumed run must share: settings, and checksums of the files' contents."""
+    free = {field.name for field in fields(config) if field.metadata["free"]}
+    settings = {name: value for name, value in config.to_dict().items() if name not in free}
+    contents = {f"content of {name}": _digest(pairs) for name, pairs in inputs.phases.items()}
+    words = "\n".join(inputs.vocabulary.words).encode()
+    return {
+        **settings,
+        "content of vectors": _digest(inputs.table, words),
+        **contents,
+        "content of dev": _digest(inputs.dev),
+    }
 
 
-def copy_weights(module: nn.Module) -> dict[str, Tensor]:
-    """Return copies of what training changes: trainable parameters and buffers."""
-    trained = {name for name, p in module.named_parameters() if p.requires_grad}
-    trained |= {name for name, _ in module.named_buffers()}
-    return {name: t.clone() for name, t in module.state_dict().items() if name in trained}
+def _digest(value: Any, more: bytes = b"") -> str:
+    """Return a short checksum of a tensor, or of every tensor in a dataclass."""
+    digest = hashlib.sha256(more)
+
+    def add(part: Any) -> None:
+        if isinstance(part, Tensor):
+            digest.update(str(tuple(part.shape)).encode() + part.cpu().numpy().tobytes())
+        elif isinstance(part, PairFile):
+            digest.update(part.checksum.encode())
+        elif is_dataclass(part):
+            for field in fields(part):
+                add(getattr(part, field.name))
+
+    add(value)
+    return digest.hexdigest()[:12]
 
 
-def load_weights(module: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Put back what `copy_weights` copied."""
-    module.load_state_dict(weights, strict=False)
+@contextmanager
+def stop_signals() -> Iterator[Callable[[], int]]:
+    """Collect SIGINT and SIGTERM instead of acting on them; the second SIGINT acts.
+
+    A signal that came and was never asked for acts at the end.
+
+    Handlers belong to the main thread: another thread collects nothing.
+
+    Yields:
+        A function that returns the number of the first signal that came, or 0.
+    """
+    came: list[int] = []
+    told = False
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        if came and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        came.append(number)
+
+    def first() -> int:
+        nonlocal told
+        told = told or bool(came)
+        return came[0] if came else 0
+
+    in_main = threading.current_thread() is threading.main_thread()
+    numbers = [signal.SIGINT, signal.SIGTERM] if in_main else []
+    before = {number: signal.signal(number, note) for number in numbers}
+    try:
+        yield first
+    finally:
+        for number, handler in before.items():
+            # None: a handler that was not set from Python, which cannot be put back
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+    if came and not told:
+        signal.raise_signal(came[0])

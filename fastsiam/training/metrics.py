@@ -1,4 +1,4 @@
-"""Statistics of an epoch while it trains: summed on the device, read once at its end."""
+"""The metrics of predictions: of pairs that were scored, and of an epoch while it trains."""
 
 from __future__ import annotations
 
@@ -17,12 +17,49 @@ ROWS = ("pairs", "predicted", "gold", "clamped", "loss")
 
 
 @dataclass(frozen=True)
-class Figures:
-    """What an epoch of training came to; every figure is of predictions made before its step.
+class Metrics:
+    """How well predictions agree with gold scores.
 
     Attributes:
-        pairs: in steps that counted.
-        loss: mean of the objective over those pairs; None where there are none.
+        n: number of pairs.
+        pearson: correlation, -1..1; None where it is undefined.
+        spearman: correlation of the ranks; None where it is undefined.
+        mse: mean squared error after both sides are mapped to 1..5.
+        undefined: why there are no correlations; empty where there are.
+    """
+
+    n: int
+    pearson: float | None
+    spearman: float | None
+    mse: float
+    undefined: str = ""
+
+
+def measure(predicted: Tensor, gold: Tensor) -> Metrics:
+    """Compare predicted and gold similarities, both [n] in 0..1, n at least 1."""
+    from scipy.stats import pearsonr, spearmanr
+
+    predicted, gold = predicted.double().cpu(), gold.double().cpu()
+    n = len(gold)
+    mse = float((4 * (predicted - gold)).square().mean())  # 4: the width of 1..5
+    if n < 2:
+        undefined = "a correlation needs at least two pairs"
+    elif bool((gold == gold[0]).all()):
+        undefined = "the gold scores are all the same"
+    elif bool((predicted == predicted[0]).all()):
+        undefined = "the predictions are all the same"
+    else:
+        both = predicted.numpy(), gold.numpy()
+        return Metrics(n, float(pearsonr(*both)[0]), float(spearmanr(*both)[0]), mse)
+    return Metrics(n, None, None, mse, undefined)
+
+
+@dataclass(frozen=True)
+class EpochMetrics:
+    """The metrics of an epoch while it trains: of predictions made before their step.
+
+    Attributes:
+        loss: mean of the objective over the pairs; None where every step was skipped.
         mse: of the similarities, after both sides are mapped to 1..5.
         pearson: of similarities and gold; None where it is undefined.
         spearman: likewise, of at most the first 2**20 pairs.
@@ -30,7 +67,6 @@ class Figures:
         gradient_norm: mean over the steps that counted, before clipping.
     """
 
-    pairs: int
     loss: float | None
     mse: float | None
     pearson: float | None
@@ -39,8 +75,50 @@ class Figures:
     gradient_norm: float | None
 
 
-class Running:
-    """Sums over steps, on the device; only `figures` and `totals` wait for it.
+@dataclass(frozen=True)
+class EpochRecord:
+    """One line of `metrics.csv`.
+
+    Attributes:
+        epoch: 1, 2, ... within the phase.
+        phase: "pretrain" or "train".
+        loss: what is minimised, mean over the epoch's pairs while training; None where every step
+            was skipped.
+        dev_pearson: on the dev pairs after the epoch; None where it is undefined or not measured.
+        dev_spearman: likewise.
+        dev_mse: on the 1..5 scale.
+        time_s: seconds of training, without the dev pairs.
+        pairs_per_s: training pairs a second.
+        gradient_norm: mean over the steps, before clipping.
+        lr: learning rate at the end of the epoch.
+        mse: on the 1..5 scale, over the epoch's pairs while training.
+        pearson: over the epoch's pairs while training; None where it is undefined.
+        spearman: likewise.
+        clamped: training pairs whose similarity was within 1e-7 of 0 or of 1.
+        skipped: steps that changed nothing, since their loss or gradient was not finite.
+        steps: in the epoch.
+    """
+
+    epoch: int
+    phase: str
+    loss: float | None
+    dev_pearson: float | None
+    dev_spearman: float | None
+    dev_mse: float | None
+    time_s: float
+    pairs_per_s: float
+    gradient_norm: float | None
+    lr: float
+    mse: float | None
+    pearson: float | None
+    spearman: float | None
+    clamped: int
+    skipped: int
+    steps: int
+
+
+class RunningMetrics:
+    """Sums over steps, on the device; only `compute` and `totals` wait for it.
 
     Args:
         device: where the outputs are.
@@ -55,7 +133,7 @@ class Running:
         self._ranked_pairs = 0
 
     @torch.no_grad()
-    def add(self, output: Output, norm: Tensor, good: Tensor) -> None:
+    def update(self, output: Output, norm: Tensor, good: Tensor) -> None:
         """Add the pairs of one step, unless it was skipped."""
         predicted, gold = output.similarity.detach().float(), output.target.detach().float()
         rows = torch.stack(
@@ -86,15 +164,14 @@ class Running:
         m = self.moments
         return max(0.0, float(m[1, 1] - 2 * m[1, 2] + m[2, 2]))
 
-    def figures(self) -> Figures:
-        """Return the figures of all steps so far."""
+    def compute(self) -> EpochMetrics:
+        """Return the metrics of all steps so far."""
         m = self.moments.tolist()
         steps, norms = self.norms.tolist()
         n = m[0][0]
         if not n:
-            return Figures(0, None, None, None, None, 0, None)
-        return Figures(
-            pairs=round(n),
+            return EpochMetrics(None, None, None, None, 0, None)
+        return EpochMetrics(
             loss=m[0][4] / n,
             mse=16 * self.squared_error() / n,  # 16: the square of the width of 1..5
             pearson=_pearson(m),
@@ -113,7 +190,7 @@ class Running:
         return float(spearmanr(predicted.numpy(), gold.numpy())[0])
 
     @classmethod
-    def merged(cls, states: Sequence[dict[str, Tensor]], device: torch.device) -> Running:
+    def merged(cls, states: Sequence[dict[str, Tensor]], device: torch.device) -> RunningMetrics:
         """Return the sums of several processes, each with its share of every batch."""
         running = cls(device)
         running.load_state_dict(

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastsiam.text.batches import grouped_batches, ordered_batches
+from fastsiam.training.batches import grouped_batches
 
 
 def generator(seed):
@@ -56,18 +56,9 @@ def test_int32_lengths_do_not_overflow():
     assert sorted(int(batch) for batch in batches) == [0, 1]
 
 
-def test_in_order():
-    batches = ordered_batches(7, 3)
-    assert [batch.tolist() for batch in batches] == [[0, 1, 2], [3, 4, 5], [6]]
-    assert ordered_batches(0, 3) == []
-    assert ordered_batches(2, 9)[0].dtype == torch.int64
-
-
 def test_bad_arguments():
     ones = torch.ones(3, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"of one size, got \[3\] and \[2\]"):
         grouped_batches(ones, ones[:2], 2, generator(0))
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         grouped_batches(ones, ones, 0, generator(0))
-    with pytest.raises(ValueError, match="batch_size must be at least 1, got -1"):
-        ordered_batches(3, -1)

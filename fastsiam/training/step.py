@@ -1,18 +1,69 @@
-"""Steps whose loss or gradient is not finite are skipped, without waiting for the device."""
+"""One training step; a step whose loss or gradient is not finite changes nothing."""
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from fastsiam.training.objective import Output
+from fastsiam.training.world import World
+
+Precision = Literal["float32", "bf16"]
 
 LIMIT = 10  # skipped steps in a row after which a run makes no further ones
 
 
 class NotFiniteError(ValueError):
     """`LIMIT` steps in a row had a loss or a gradient that is not finite."""
+
+
+def train_step(
+    objective: nn.Module,
+    batch: Any,
+    optimizer: Optimizer,
+    schedule: LRScheduler,
+    guard: Guard,
+    *,
+    clip: float = math.inf,
+    precision: Precision = "float32",
+    world: World | None = None,
+    weight: float = 1.0,
+) -> tuple[Output, Tensor, Tensor]:
+    """Make one step, without waiting for the device.
+
+    Args:
+        objective: called with a batch, returns an `Output`.
+        batch: this process's share of the pairs.
+        optimizer: holds the parameters to train.
+        schedule: moved on after the step, a skipped one too.
+        guard: skips the step where its loss or gradient is not finite.
+        clip: largest norm of the gradient.
+        precision: as for `fit`.
+        world: the processes that share each batch; `objective` was wrapped by it.
+        weight: of this share's mean loss in that of all, from `World.share`.
+
+    Returns:
+        The output, the gradient's norm before clipping, [], and whether the step counted, bool [].
+    """
+    world = world or World()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    with torch.autocast(parameters[0].device.type, torch.bfloat16, enabled=precision == "bf16"):
+        output = objective(batch)
+    loss = output.loss if weight == 1 else output.loss * weight
+    optimizer.zero_grad()
+    loss.backward()
+    norm = clip_grad_norm_(parameters, clip)
+    # every process must come to the same verdict, so each sees the loss of all
+    good = guard.judge(world.sum(loss.detach()), norm)
+    guard.step(optimizer, good)
+    schedule.step()
+    return output, norm, good
 
 
 class Guard:

@@ -1,4 +1,4 @@
-"""A file of training pairs that is too large to hold: looked through once, then read as needed."""
+"""A file of training pairs that is too large to hold: scanned once, then read in every epoch."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastsiam.text.datasets import Pairs, pair_key, pair_keys
 from fastsiam.text.files import DataError
-from fastsiam.text.scored import ScoredPair, stream_pairs
+from fastsiam.text.pairs import Pairs, ScoredPair, pair_key, pair_keys, stream_pairs
 from fastsiam.text.tokens import tokenize
 
 
 @dataclass(frozen=True)
 class PairFile:
-    """A file of scored pairs, looked through once.
+    """A file of scored pairs that was scanned once.
 
     Attributes:
         path: the file.
@@ -49,7 +48,7 @@ class PairFile:
                 yield pair
 
 
-def look_through(
+def scan_pairs(
     path: Path,
     held_out: Sequence[Pairs],
     max_len: int,

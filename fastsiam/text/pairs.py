@@ -1,15 +1,16 @@
-"""Scored sentence pairs from files: SICK, STS, any CSV, TSV or JSON lines, and legacy pickles."""
+"""Scored sentence pairs: read from a file of any format, compared, joined."""
 
 from __future__ import annotations
 
-import io
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from operator import itemgetter
 from os import PathLike
+from typing import Any
 
 from fastsiam.text.columns import (
-    DEFAULT_RANGE,
     ENTAILMENT_COLUMN,
     as_entailment,
     as_score,
@@ -17,23 +18,13 @@ from fastsiam.text.columns import (
     check_range,
     choose_columns,
     find_columns,
-    is_range,
 )
-from fastsiam.text.files import DataError, check_file
-from fastsiam.text.legacy import pickle_rows
-from fastsiam.text.tables import read_table
+from fastsiam.text.files import DataError
+from fastsiam.text.formats import open_table
+from fastsiam.text.streams import reading
+from fastsiam.text.tables import Table
 
-__all__ = [
-    "DataError",
-    "Pairs",
-    "drop_repeats",
-    "is_range",
-    "join_pairs",
-    "pair_key",
-    "pair_keys",
-    "read_pairs",
-    "rows_outside",
-]
+ScoredPair = tuple[str, str, float]  # two sentences and their similarity, 0..1
 
 
 @dataclass(frozen=True)
@@ -82,53 +73,38 @@ def read_pairs(
     columns: tuple[str, str, str] | None = None,
     score_range: tuple[float, float] | None = None,
 ) -> Pairs:
-    """Read scored sentence pairs; the kind of file is told by its content.
+    """Read scored sentence pairs; the content of the file tells its format.
 
     Tab-separated text is taken as it is (a quotation mark is a character), comma-separated text is
-    quoted CSV; both have a header line. JSON lines are objects with the columns as keys. A pickle
-    holds a list of `[sentence, sentence, score, ...]` and is read without running anything in it.
-    Entailment labels are read where there are any: from SICK's column `entailment_judgment`, or
-    behind the score in a pickle.
+    quoted CSV; both have a header line. JSON lines are objects with the columns as keys. Parquet
+    needs pyarrow. A pickle holds a list of `[sentence, sentence, score, ...]`, whose columns have
+    the names of SICK, and nothing in it is run. Entailment labels come from SICK's column
+    `entailment_judgment`.
 
     Args:
-        path: the file, UTF-8.
+        path: the file; text is UTF-8.
         columns: names of the two sentences and the score; not needed for the headers of SICK
             (`sentence_A`, `sentence_B`, `relatedness_score`) and STS (`sentence1`, `sentence2`,
-            `score`). The case of letters does not matter. A pickle has no names.
+            `score`). The case of letters does not matter.
         score_range: lowest and highest score; by default that of a known header, else 1 to 5.
 
     Returns:
         The pairs, at least one.
 
     Raises:
-        DataError: the file cannot be read, lacks a column, or has a line that is not two sentences
+        DataError: the file cannot be read, lacks a column, or has a row that is not two sentences
             and a score within the range.
+        ImportError: the file is Parquet, and pyarrow is not installed.
         ValueError: `score_range` is not two finite numbers, the lower first, or `columns` is not
             names of three different columns.
     """
-    if columns is not None and (
-        isinstance(columns, str) or not len(columns) == len(set(columns)) == 3
-    ):
-        raise ValueError(f"read_pairs: columns must be three different names, got {columns!r}")
-    if score_range is not None:
-        check_range("read_pairs", score_range)
-    path = check_file(path)
-    data = path.read_bytes()
-    if path.suffix in (".p", ".pkl", ".pickle") or data.startswith((b"(lp", b"\x80")):
-        rows, limits = pickle_rows(path, data), DEFAULT_RANGE
-    else:
-        header, table = read_table(str(path), io.BytesIO(data))
-        names, limits = choose_columns(str(path), header, columns)
-        # the first record of JSON lines may lack a label that others have
-        label = find_columns(header, [ENTAILMENT_COLUMN])[0] or ENTAILMENT_COLUMN
-        rows = ((where, [*(row[name] for name in names), row.get(label)]) for where, row in table)
-    low, high = score_range or limits
-    pairs = Pairs([], [], [], (float(low), float(high)))
-    for where, (left, right, score, *label_of_row) in rows:
-        pairs.left.append(as_sentence(where, left))
-        pairs.right.append(as_sentence(where, right))
-        pairs.score.append(as_score(where, score, pairs.score_range))
-        pairs.entailment.append(as_entailment(*label_of_row))
+    with _scored_rows("read_pairs", path, columns, score_range) as (limits, rows):
+        pairs = Pairs([], [], [], limits)
+        for left, right, score, label in rows:
+            pairs.left.append(left)
+            pairs.right.append(right)
+            pairs.score.append(score)
+            pairs.entailment.append(label)
     if not pairs.score:
         raise DataError(f"{path}: no sentence pair in the file")
     if max(pairs.entailment) < 0:
@@ -136,11 +112,69 @@ def read_pairs(
     return pairs
 
 
-def pair_key(left: str, right: str) -> tuple[str, ...]:
-    """Return what is equal for two pairs that are the same.
+def stream_pairs(
+    path: str | PathLike[str],
+    *,
+    columns: tuple[str, str, str] | None = None,
+    score_range: tuple[float, float] | None = None,
+) -> Iterator[ScoredPair]:
+    """Yield the pairs of a file as `read_pairs` reads them, and hold a block of rows at a time.
 
-    These are pairs whose sentences, in either order, are equal after lower-casing and removing
-    punctuation.
+    Arguments and errors are those of `read_pairs`; a pickle is held whole.
+    """
+    with _scored_rows("stream_pairs", path, columns, score_range) as ((low, high), rows):
+        for left, right, score, _ in rows:
+            yield left, right, (score - low) / (high - low)
+
+
+@contextmanager
+def _scored_rows(
+    who: str,
+    path: str | PathLike[str],
+    columns: tuple[str, str, str] | None,
+    score_range: tuple[float, float] | None,
+) -> Iterator[tuple[tuple[float, float], Iterator[tuple[str, str, float, int]]]]:
+    """Open a file of scored pairs: the range of its scores, and sentences, score and label."""
+    if columns is not None and (
+        isinstance(columns, str) or not len(columns) == len(set(columns)) == 3
+    ):
+        raise ValueError(f"{who}: columns must be three different names, got {columns!r}")
+    if score_range is not None:
+        check_range(who, score_range)
+    with reading(path) as stream:
+        table = open_table(str(path), stream)
+        names, known = choose_columns(table.name, table.header, columns)
+        low, high = score_range or known
+        limits = float(low), float(high)
+        fields, label = itemgetter(*(table.keys[name] for name in names)), _label(table)
+
+        def rows() -> Iterator[tuple[str, str, float, int]]:
+            for number, row in table.rows:
+                where, (left, right, score) = table.where(number), fields(row)
+                yield (
+                    as_sentence(where, left),
+                    as_sentence(where, right),
+                    as_score(where, score, limits),
+                    as_entailment(label(row)),
+                )
+
+        yield limits, rows()
+
+
+def _label(table: Table) -> Callable[[Any], object]:
+    """Return what picks the entailment label out of a row."""
+    name = find_columns(table.header, [ENTAILMENT_COLUMN])[0] or ENTAILMENT_COLUMN
+    key = table.keys.get(name)
+    if isinstance(key, int):
+        return itemgetter(key)
+    # the first of the JSON lines may lack a label that others have
+    return lambda row: row.get(name) if isinstance(row, dict) else None
+
+
+def pair_key(left: str, right: str) -> tuple[str, ...]:
+    """Return a key that two pairs share if their sentences are equal, in either order.
+
+    Letter case and punctuation do not count.
     """
     plain = (" ".join(re.sub(r"[^\w\s]", "", text.lower()).split()) for text in (left, right))
     return tuple(sorted(plain))
