@@ -29,7 +29,10 @@ def as_parquet(rows):
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     out = io.BytesIO()
-    columns = {name: list(values) for name, values in zip(SICK_HEADER, zip(*rows), strict=True)}
+    columns = {
+        name: list(values)
+        for name, values in zip(SICK_HEADER, zip(*rows, strict=True), strict=True)
+    }
     parquet.write_table(pyarrow.table(columns), out, row_group_size=7)
     return out.getvalue()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 import gzip
 import math
-import tempfile
 import zlib
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -50,9 +49,6 @@ def read_vectors(
 ) -> VectorFile:
     """Read the vectors of some words.
 
-    gensim reads whole files, tells gzip by the name and needs a header; so the wanted records go to
-    a small file first, which gensim loads.
-
     Args:
         path: word2vec binary or text, or GloVe text, plain or gzip.
         wanted: words to look for, as written in the file.
@@ -63,38 +59,18 @@ def read_vectors(
 
     Raises:
         DataError: not such a file, damaged, or a vector that is not finite.
-        ImportError: gensim is not installed.
     """
-    try:
-        import numpy as np
-        from gensim.models import KeyedVectors
-    except ImportError as error:
-        message = "load_vectors: gensim is missing; install it with: pip install gensim"
-        raise ImportError(message) from error
     path = check_file(path)
     try:
         with path.open("rb") as file:
             zipped = file.read(2) == b"\x1f\x8b"
         with gzip.open(path) if zipped else path.open("rb") as stream:
             layout = _sniff(path, stream)
-            records, norm = _scan(path, stream, layout, wanted, limit)
+            vectors, norm = _scan(path, stream, layout, wanted, limit)
     except (EOFError, OSError, zlib.error) as error:
         raise DataError(f"{path}: damaged or cut short: {error}") from error
-    with tempfile.TemporaryDirectory() as folder:
-        cut = Path(folder) / "cut"
-        with cut.open("wb") as file:
-            file.write(b"%d %d\n" % (len(records), layout.dim))
-            end = b"" if layout.binary else b"\n"
-            file.writelines(word + b" " + vector + end for word, vector in records.items())
-        try:
-            with np.errstate(over="ignore"):  # infinity is refused below
-                kept = KeyedVectors.load_word2vec_format(str(cut), binary=layout.binary)
-        except ValueError as error:
-            raise DataError(f"{path}: not a file of word vectors: {error}") from error
-    table = torch.from_numpy(kept.vectors)
-    if not (math.isfinite(norm) and table.isfinite().all()):
+    if not (math.isfinite(norm) and all(bool(v.isfinite().all()) for v in vectors.values())):
         raise DataError(f"{path}: a vector holds NaN or infinity")
-    vectors = {word: table[row] for word, row in kept.key_to_index.items()}
     return VectorFile(vectors, layout.dim, norm)
 
 
@@ -136,28 +112,37 @@ def _scan(
     layout: _Layout,
     wanted: Collection[str],
     limit: int | None,
-) -> tuple[dict[bytes, bytes], float]:
-    """Return the wanted records, word -> vector as in the file, and the typical length."""
-    import numpy as np
-
-    # a blank would end the word in the file that gensim reads
-    keys = {word.encode("utf-8", "surrogatepass") for word in wanted if " " not in word}
-    kept: dict[bytes, bytes] = {}
+) -> tuple[dict[str, Tensor], float]:
+    """Return the wanted vectors by word, and the typical length."""
+    keys = {word.encode("utf-8", "surrogatepass"): word for word in wanted}
+    found: dict[str, Tensor] = {}
     norms: list[float] = []
     count = layout.count if limit is None else min(layout.count, limit)
-    read = _binary_records if layout.binary else _text_records
-    for word, vector in read(path, stream, layout, count):
-        if len(norms) < _NORM_RECORDS:
+    read, parse = (
+        (_binary_records, _binary_vector) if layout.binary else (_text_records, _text_vector)
+    )
+    for key, data in read(path, stream, layout, count):
+        word = keys.get(key)
+        # the first of repeated words counts
+        new = word is not None and word not in found
+        if new or len(norms) < _NORM_RECORDS:
             try:
-                values = np.frombuffer(vector, "<f4") if layout.binary else np.array(vector.split())
-                with np.errstate(over="ignore", invalid="ignore"):  # refused once all is read
-                    norms.append(float(np.linalg.norm(values.astype(np.float64))))
+                vector = parse(data)
             except ValueError as error:
                 raise DataError(f"{path}: not a file of word vectors: {error}") from error
-        if word in keys and word not in kept:  # the first of repeated words counts
-            # gensim asks for one blank between two numbers
-            kept[word] = vector if layout.binary else b" ".join(vector.split())
-    return kept, sum(norms) / len(norms)
+            if len(norms) < _NORM_RECORDS:
+                norms.append(float(vector.double().norm()))
+            if word is not None and new:
+                found[word] = vector
+    return found, sum(norms) / len(norms)
+
+
+def _binary_vector(data: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.float32)
+
+
+def _text_vector(data: bytes) -> Tensor:
+    return torch.tensor([float(field) for field in data.split()], dtype=torch.float64).float()
 
 
 def _binary_records(

@@ -93,7 +93,6 @@ def load_vectors(
     Raises:
         DataError: a file is no vector file, is damaged, or holds none of the words; or there are no
             words.
-        ImportError: gensim is not installed.
         ValueError: `oov` is unknown, `paths` is empty, `limit` is below 1, or `length` is not
             positive.
     """

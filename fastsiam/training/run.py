@@ -32,7 +32,7 @@ from fastsiam.training.start import initialize, make_optimizer
 from fastsiam.training.step import NotFiniteError
 from fastsiam.training.world import World, find_world
 
-NEEDED = ("gensim", "matplotlib", "nltk", "safetensors", "scipy")
+NEEDED = ("matplotlib", "nltk", "safetensors", "scipy")
 
 
 class Watcher(Observer):
