@@ -85,7 +85,7 @@ def score_command(
 ) -> None:
     """Score a file of sentence pairs.
 
-    Line n of what is written has similarity and score of the pair on line n of FILE.
+    Line n of the output has similarity and score of the pair on line n of FILE.
     """
     with exit_codes():
         names = split_columns(columns, "LEFT,RIGHT")

@@ -1,4 +1,4 @@
-"""The command demo: data made up, a model trained on it, and what came of it."""
+"""The command demo: make data, train a model on it, print the result."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def demo_command(
         typer.Option(metavar="DIR", help="Keep the pairs and the run here; new or empty."),
     ] = None,
 ) -> None:
-    """Make sentence pairs, train on them, show what came of it."""
+    """Make sentence pairs, train on them, show the result."""
     with exit_codes():
         with nullcontext(str(out)) if out else tempfile.TemporaryDirectory() as name:
             folder = Path(name)

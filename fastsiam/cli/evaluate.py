@@ -1,4 +1,4 @@
-"""The commands that print what a model says: evaluate and similarity."""
+"""The commands that print scores: evaluate and similarity."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a command ends: what the library raises becomes one line and an exit code."""
+"""The end of a command: an exception becomes one line and an exit code."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ EXIT_CODES = (
 
 
 class Terminated(BaseException):
-    """SIGTERM came. It passes through the code as Ctrl-C does, which takes away half a file."""
+    """SIGTERM came. Like Ctrl-C it unwinds the stack, which removes half-written files."""
 
 
 @contextmanager
 def exit_codes() -> Iterator[None]:
-    """Turn what the library raises, and SIGTERM, into one line and an exit code."""
+    """Turn exceptions of the library, and SIGTERM, into one line and an exit code."""
     try:
         with _sigterm_raises():
             yield
@@ -72,7 +72,7 @@ def _sigterm_raises() -> Iterator[None]:
     """
 
     def terminate(number: int, _frame: FrameType | None) -> None:
-        signal.signal(number, signal.SIG_IGN)  # what is being cleared away must end
+        signal.signal(number, signal.SIG_IGN)  # the clean-up must end
         raise Terminated
 
     before = signal.getsignal(signal.SIGTERM)

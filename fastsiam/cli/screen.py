@@ -24,7 +24,7 @@ from fastsiam.training.run import Result, Watcher
 
 
 class _Console(Console):
-    """A console that leaves it to `exit_codes` what becomes of output that nobody reads."""
+    """A console that raises where nobody reads its output; `exit_codes` handles it."""
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError

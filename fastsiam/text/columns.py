@@ -1,4 +1,4 @@
-"""Which columns of a table hold scored pairs, and what must stand in them."""
+"""The columns of scored pairs in a table, and the checks of their fields."""
 
 from __future__ import annotations
 

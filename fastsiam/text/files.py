@@ -26,7 +26,7 @@ def check_file(path: str | PathLike[str]) -> Path:
 
 
 def read_object(path: str | PathLike[str], of: str) -> dict[str, Any]:
-    """Return the object that a JSON file holds; `of` says of what, for the message.
+    """Return the JSON object in a file; `of` names its values, for the message.
 
     Raises:
         DataError: the file cannot be read or holds something else.
@@ -51,6 +51,6 @@ def is_unicode(text: str) -> bool:
 
 
 def short(value: object) -> str:
-    """Return what came, for a message: at most 60 characters."""
+    """Return a value as a message shows it: at most 60 characters."""
     shown = repr(value)
     return shown if len(shown) <= 60 else shown[:57] + "..."

@@ -1,4 +1,4 @@
-"""The formats of files with sentences: what tells each, and what reads it."""
+"""The formats of files with sentences: a test of the first bytes, and a reader, for each."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ class Pairs:
 
     @property
     def similarity(self) -> list[float]:
-        """The scores mapped to 0..1: what a model's similarity is regressed on."""
+        """The scores mapped to 0..1, the targets of a model's similarity."""
         low, high = self.score_range
         return [(score - low) / (high - low) for score in self.score]
 
@@ -162,7 +162,7 @@ def _scored_rows(
 
 
 def _label(table: Table) -> Callable[[Any], object]:
-    """Return what picks the entailment label out of a row."""
+    """Return a function that reads the entailment label of a row."""
     name = find_columns(table.header, [ENTAILMENT_COLUMN])[0] or ENTAILMENT_COLUMN
     key = table.keys.get(name)
     if isinstance(key, int):

@@ -1,4 +1,4 @@
-"""A little world to try the library on: sentence pairs with a score, and vectors from its text.
+"""A made-up world to try the library on: sentence pairs with a score, and vectors of its words.
 
 An event has an agent, an action, perhaps an object, a place and an adjective, and may be denied. A
 pair is two events, each put into words; its score follows from what the events share, not from the
@@ -264,7 +264,7 @@ def _alike(concepts: Mapping[str, Sequence[object]], a: str | None, b: str | Non
 
 
 def _say(event: _Event, rng: random.Random) -> str:
-    """Put an event into words, with any synonym, in the active or the passive."""
+    """Return a sentence for an event, with random synonyms, in the active or the passive."""
     agent = rng.choice(AGENTS[event.agent][1])
     if event.adjective:
         agent = f"{rng.choice(ADJECTIVES[event.adjective][1])} {agent}"

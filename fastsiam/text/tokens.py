@@ -1,10 +1,9 @@
 """Sentences to tokens: those of nltk's Treebank-style tokenizer, which needs no download.
 
-nltk takes 100 us for a sentence. Its rules look past a blank in two places only: a quotation mark
-asks whether the sentence begins before it, and a full stop whether it ends behind it. Between
-blanks a sentence therefore falls into parts whose tokens depend on the part and on whether an end
-of the sentence touches it. Most parts come again, and most of those that do not are plain words,
-whose tokens are plain too: nltk is asked once about each of the others. docs/tokens.md says why.
+nltk takes 100 us for a sentence. Its rules look past a blank in two places only: at a quotation
+mark that may begin the sentence, and at a full stop that may end it. So a sentence is cut at its
+blanks. The tokens of a part depend on the part, and on whether it begins or ends the sentence. Most
+parts are repeated or plain words; nltk tokenizes each other part once. docs/tokens.md proves it.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import Any
 # stands in a part for an end of the sentence
 END = "\n"
 
-# what may stand between the last full stop and the end of the sentence
+# characters that may stand between the last full stop and the end of the sentence
 CLOSING = " ])}>\"'\u00bb\u201d\u2019"
 
 # a word with single hyphens and full stops inside, a clitic or a full stop behind it, and a mark
@@ -59,7 +58,7 @@ def split_parts(sentence: str) -> list[str]:
         return [END + sentence + END]
     parts = sentence.split(" ")
     if sentence and sentence[-1] in CLOSING:
-        # the last full stop may stand before this part: what can hold it stays together
+        # the last full stop may stand before this part: the parts up to it stay together
         last = len(parts) - 1
         while last and not parts[last].rstrip(CLOSING):
             last -= 1

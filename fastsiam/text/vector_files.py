@@ -1,4 +1,4 @@
-"""Files of word vectors: told by content, streamed, and cut to the words asked for."""
+"""Files of word vectors, streamed: the vectors of the wanted words, in any format."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _NORM_RECORDS = 1000  # vectors whose mean length stands for the file's
 
 @dataclass(frozen=True)
 class VectorFile:
-    """What a file holds of the words asked for.
+    """The wanted vectors of a file.
 
     Attributes:
         vectors: word as in the file -> its vector, [dim] float32.

@@ -49,7 +49,7 @@ class WordVectors:
     Attributes:
         words: word of each row; row 0 is "<unk>", the others are sorted.
         table: [V, D] float32; row 0 is zero; D is the sum of the files' sizes.
-        coverage: what was found.
+        coverage: how many words have a vector.
     """
 
     words: list[str]

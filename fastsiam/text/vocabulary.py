@@ -17,7 +17,7 @@ from fastsiam.text.files import DataError, is_unicode, read_object
 from fastsiam.text.tokens import part_tokens, split_parts
 
 UNKNOWN = "<unk>"
-REMEMBERED = 1 << 18  # parts of sentences whose ids are kept from one call to the next
+REMEMBERED = 1 << 18  # parts of sentences in the cache of ids
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,8 @@ class Vocabulary:
             max_len: at least 1; longer sentences keep their first `max_len` tokens.
 
         Returns:
-            Ids padded to the longest sentence of this call, lengths, and what was cut or unknown.
+            Ids padded to the longest sentence of this call, lengths, and the counts of cut
+            sentences and unknown words.
 
         Raises:
             ImportError: nltk is not installed.

@@ -12,9 +12,9 @@ from typing import BinaryIO
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a file beside its place that moves there at the end: a reader sees the old or the new.
+    """Open a file that takes its place at the end: a reader sees the old file or the new one.
 
-    Whom the old one lets read and write, the new one does too.
+    The new file has the permissions of the old one.
 
     Raises:
         OSError: it cannot be written; the error names `path`.

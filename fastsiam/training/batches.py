@@ -22,8 +22,8 @@ POOL = 32  # batches sorted together: long enough for even lengths, short enough
 class Source(Protocol):
     """Training pairs that come in batches.
 
-    Rows are whatever `batch` understands: they have a length, the number of pairs, and can be
-    sliced, so that several processes share them out.
+    The rows of a batch have a length, the number of pairs, and can be sliced, so that several
+    processes share them. `batch` turns them into an argument of the objective.
     """
 
     def __len__(self) -> int:
@@ -39,7 +39,7 @@ class Source(Protocol):
         """
 
     def batch(self, rows: Any, device: torch.device) -> Any:
-        """Return what the objective takes."""
+        """Return the argument of the objective."""
 
 
 class PairBatches:
@@ -71,7 +71,7 @@ class PairBatches:
 
 
 class _Rows:
-    """Some pairs of a pool: a batch, or a process's share of one."""
+    """Rows of a pool: a batch, or the share of one process."""
 
     def __init__(self, pool: EncodedPairs, rows: Tensor) -> None:
         self.pool, self.rows = pool, rows
@@ -116,7 +116,7 @@ class StreamBatches:
         return -(-len(self.file) // self.batch_size)
 
     def batches(self, generator: torch.Generator) -> Iterator[_Rows]:
-        """Return the batches of one epoch, which are read as they are asked for."""
+        """Return the batches of one epoch; each is read when it is asked for."""
         seed = int(torch.randint(2**62, (), generator=generator))
         return self._batches(seed)
 

@@ -67,7 +67,7 @@ class EncodedPairs:
         return len(self.similarity)
 
     def take(self, rows: Tensor) -> EncodedPairs:
-        """Return the pairs of some rows; what was cut or unknown is not counted again."""
+        """Return the pairs of some rows, with counts of cut sentences and unknown words of 0."""
         return EncodedPairs(
             Encoded(self.left.ids[rows], self.left.lengths[rows], 0, Counter()),
             Encoded(self.right.ids[rows], self.right.lengths[rows], 0, Counter()),
@@ -142,8 +142,8 @@ class Inputs:
 def load_inputs(config: Config) -> Inputs:
     """Read the pairs and the vectors of a run.
 
-    Training pairs that repeat a dev or test pair are left out and counted, those that come of
-    swapped words too. Where dev is trained on, its own repeats of test pairs are left out.
+    Training pairs that repeat a dev or test pair are left out and counted, with and without swapped
+    words. With `train_on_dev`, dev pairs that repeat a test pair are left out.
 
     Raises:
         DataError: a file cannot be used, no training pair is left, fewer different ones than the
@@ -279,7 +279,7 @@ def _load_vectors(
     synonyms: Mapping[str, Sequence[str]],
     more: Counter[str] | None = None,
 ) -> tuple[Vocabulary, WordVectors]:
-    """Load the vectors of `more` and the words of every part, and of synonyms of those in train."""
+    """Load vectors for the words of every part and of `more`, and for synonyms in train."""
     counts: dict[str, Counter[str]] = {name: Counter() for name in parts}
     for name, pairs in parts.items():
         for sentence in (*pairs.left, *pairs.right):

@@ -23,7 +23,7 @@ class Evaluation:
         metrics: the agreement with the gold scores.
         similarity: [n] float32, predicted, 0..1, in the order of the pairs.
         unknown: words without a vector, with their counts.
-        truncated: sentences of which only the start was read.
+        truncated: sentences longer than the model reads.
         calibrated: the agreement after the model's calibration; None where it has none.
     """
 

@@ -24,7 +24,7 @@ from fastsiam.training.world import World
 
 # steps between two looks at the counts of the device; on the CPU a look waits for nothing
 LOOK_EVERY = 50
-# attributes of the loop that a checkpoint holds as they are
+# plain attributes of the loop in a checkpoint
 PLAIN = ("phase", "epoch", "done", "step", "seconds", "order", "kept")
 
 
@@ -63,7 +63,7 @@ class Observer:
         """A step is done."""
 
     def on_epoch(self, record: EpochRecord, best: bool) -> None:
-        """An epoch is done; `best` says whether its weights are the ones kept so far."""
+        """An epoch is done; `best`: it is the selected one so far."""
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,11 @@ class Fit:
 
     Attributes:
         records: a line an epoch, of all phases.
-        best: the epoch whose weights the objective has now; None where none was finished.
+        best: the selected epoch, whose weights the objective has; None: no epoch was finished.
         step: number of steps made.
         signal: number of the signal that ended it, or 0.
-        kept: the weights that the objective has, by name: what trains, and buffers.
-        last: those of the last step.
+        kept: weights of the selected epoch by name: trainable parameters and buffers.
+        last: weights of the last step by name.
     """
 
     records: list[EpochRecord]
@@ -101,7 +101,7 @@ def fit(
     logs: Logs | None = None,
     world: World | None = None,
 ) -> Fit:
-    """Train an objective through its phases, each from the weights that the one before kept.
+    """Train an objective through its phases, each from the weights that the phase before selected.
 
     A step whose loss or gradient norm is not finite changes nothing and is counted. No step waits
     for the device: sums and counts live on it, and are read at the end of an epoch and, for the
@@ -150,7 +150,7 @@ def fit(
 
 
 class _Loop:
-    """The state of `fit`: everything that a checkpoint holds, and what it is applied to."""
+    """The state of `fit`: the content of a checkpoint, and the objects it belongs to."""
 
     dev: Callable[[], Metrics] | None
     clip: float
@@ -212,7 +212,7 @@ class _Loop:
             if self.signal:
                 return
         self._end_epoch(phase)
-        # what came while dev was scored
+        # a signal may have come while dev was scored
         self.signal = max(self.world.gather(self.signal or self.stop()))
 
     def _step(self, phase: Phase, rows: Any) -> None:
@@ -387,12 +387,12 @@ def _lr(phase: Phase) -> float:
 
 
 def copy_weights(module: nn.Module) -> dict[str, Tensor]:
-    """Return copies of what training changes: trainable parameters and buffers."""
+    """Return copies of the trainable parameters and the buffers."""
     trained = {name for name, p in module.named_parameters() if p.requires_grad}
     trained |= {name for name, _ in module.named_buffers()}
     return {name: t.clone() for name, t in module.state_dict().items() if name in trained}
 
 
 def load_weights(module: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Put back what `copy_weights` copied."""
+    """Load weights of `copy_weights`."""
     module.load_state_dict(weights, strict=False)

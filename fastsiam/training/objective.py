@@ -1,4 +1,4 @@
-"""What training minimises: a module from a batch to its loss."""
+"""The objectives of training: modules from a batch to its loss."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Batch(NamedTuple):
     """Sentence pairs, as an objective takes them.
 
     Attributes:
-        inputs: what a Siamese module takes: ids [B, T] of both sides, whose T may differ, and
+        inputs: arguments of a Siamese module: ids [B, T] of both sides, whose T may differ, and
             lengths [B] int64 of both.
         target: [B], gold similarities, 0..1.
         labels: [B] int64, entailment 0..2, -1 where there is none; None: no pair has one.
@@ -36,7 +36,7 @@ class Batch(NamedTuple):
 
 
 class Output(NamedTuple):
-    """What an objective makes of a batch.
+    """The result of an objective on a batch.
 
     Attributes:
         loss: [], mean over the pairs of the batch.
@@ -153,7 +153,7 @@ class AuxiliaryLoss(nn.Module):
 
 
 class _Encoder(nn.Module):
-    """A Siamese module whose call is `encode`, since functional_call reaches no other method."""
+    """Calls `encode` of a Siamese module, since functional_call reaches no other method."""
 
     def __init__(self, module: SiameseLSTM) -> None:
         super().__init__()
@@ -167,7 +167,7 @@ class _Encoder(nn.Module):
 def make_objective(
     module: SiameseLSTM, config: Config, generator: torch.Generator | None = None
 ) -> MeanSquaredError | AuxiliaryLoss:
-    """Return what a recipe minimises; arguments as for `AuxiliaryLoss`."""
+    """Return the objective of a recipe; arguments as for `AuxiliaryLoss`."""
     if not (config.kl_weight or config.entailment_weight or config.dropout):
         return MeanSquaredError(module)  # one fused call
     return AuxiliaryLoss(

@@ -21,25 +21,25 @@ from fastsiam.training.world import find_world
 
 
 def run_recipe(config: Config, watcher: Watcher | None = None) -> Result:
-    """Train what a configuration asks for, its ensemble and its calibration included.
+    """Train the models of a configuration, with its ensemble and its calibration.
 
     One model without calibration is a run of `train`, in `config.out`. Otherwise each model is a
     run in a folder of its own below it, `members/0`, `members/1`, ... from seeds that follow one
     another, and `folds/0`, ... for the calibration; `config.out` gets the one model made of them,
-    `predictions.tsv` and `run.json`. A signal ends it all; `config.resume` goes on with the one it
-    cut off and passes over those that are done.
+    `predictions.tsv` and `run.json`. A signal ends all runs. `config.resume` goes on with the run
+    that it cut off and skips the finished runs.
 
-    The calibration is fitted on predictions for training pairs by models that have not seen them:
-    the pairs are dealt into `config.folds` parts, equal ones into the same, and one model is
-    trained on all parts but one, for each, by the same recipe, without the pairs of `pretrain` that
-    are in that one; the seeds of the members take turns. Neither dev nor test pairs have a say.
+    The calibration is fitted on predictions for training pairs by models that have not seen them.
+    The pairs are dealt into `config.folds` parts, equal ones into the same part. For each part one
+    model is trained on the other parts by the same recipe, without that part's pairs in `pretrain`.
+    The seeds of the members take turns. Dev and test pairs have no influence.
 
     Args:
         config: the settings.
-        watcher: told of the progress, if given; phases are named after the run that they are of.
+        watcher: told of the progress, if given; a phase has the name of its run before its own.
 
     Returns:
-        The model and its figures. `best` is the first member's epoch, with the dev figures of the
+        The model and its metrics. `best` is the first member's epoch, with the dev metrics of the
         whole model.
 
     Raises:

@@ -81,10 +81,10 @@ def train(config: Config, watcher: Watcher | None = None, inputs: Inputs | None 
     Args:
         config: the settings; one model is trained, whatever its `ensemble` and `calibrate`.
         watcher: told of the progress, if given.
-        inputs: what `load_inputs` read with the same settings; None: read now.
+        inputs: the result of `load_inputs` with the same settings; None: it is called now.
 
     Returns:
-        The trained model and its figures.
+        The trained model and its metrics.
 
     Raises:
         DataError: a file that cannot be used, or a run folder without a whole checkpoint.
@@ -214,7 +214,7 @@ class _Writer(Observer):
 
 
 def facts(config: Config, inputs: Inputs, model: TextSiamese) -> dict[str, Any]:
-    """Return what `run.json` says of any run: its settings, what it read, and what ran it."""
+    """Return the entries of `run.json` of any run: settings, inputs, backend and versions."""
     return {
         "config": config.to_dict(),
         "backend": model.lstm.explain(pairs=config.batch_size),
@@ -236,7 +236,7 @@ def _write(
     outcome: Fit,
     test: Evaluation | None,
 ) -> None:
-    """Write what a run leaves at its end; `model` has the weights that are kept."""
+    """Write the results of a run; `model` has the weights of the selected epoch."""
     model.save_pretrained(folder.path)
     if inputs.test is not None and test is not None:
         folder.write_predictions(inputs.test, test.similarity)
@@ -255,7 +255,7 @@ def _write(
 
 
 def fingerprint(config: Config, inputs: Inputs) -> dict[str, Any]:
-    """Return what a resumed run must share: settings, and checksums of the files' contents."""
+    """Return what a resumed run must have in common: settings, and checksums of its files."""
     free = {field.name for field in fields(config) if field.metadata["free"]}
     settings = {name: value for name, value in config.to_dict().items() if name not in free}
     contents = {f"content of {name}": _digest(pairs) for name, pairs in inputs.phases.items()}

@@ -20,12 +20,12 @@ from fastsiam.text.pairs import Pairs
 from fastsiam.text.whole_file import write_file
 from fastsiam.training.metrics import EpochRecord, RunningMetrics
 
-# what a run leaves in its folder: any run, that of one model, and that of several
+# names in a run folder: of any run, of a run of one model, of a run of several models
 OWN = {"config.json", "model.safetensors", "predictions.tsv", "run.json", "vocabulary.json"}
 OF_ONE = {"checkpoints", "last", "metrics.csv", "plot.png", "steps.csv", "tensorboard"}
 OF_MANY = {"folds", "members"}
 STEPS_FILE, BOARD_FOLDER = "steps.csv", "tensorboard"
-# what may be there before the first checkpoint
+# names that may be there before the first checkpoint
 BEGUN = {"checkpoints", "members", "metrics.csv", "steps.csv", "tensorboard"}
 
 
@@ -84,7 +84,7 @@ class RunFolder:
         write_file(self.path / "metrics.csv", text.getvalue().encode())
 
     def write_run(self, facts: dict[str, Any]) -> None:
-        """Write `run.json`: the settings and what came of them."""
+        """Write `run.json`: the settings and the results."""
         write_file(self.path / "run.json", (json.dumps(facts, indent=1) + "\n").encode())
 
     def write_predictions(self, pairs: Pairs, similarity: Tensor) -> None:
@@ -160,7 +160,7 @@ class Logs:
         self._time = time.perf_counter()
 
     def start(self, step: int, metrics: RunningMetrics) -> None:
-        """Begin, or go on after so many steps: what was logged beyond them is dropped."""
+        """Begin, or go on after `step` steps; later lines of an earlier run are dropped."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._before, self._time = metrics.totals(), time.perf_counter()
         if self.tensorboard:
@@ -186,7 +186,7 @@ class Logs:
     ) -> None:
         """Log the steps since the last line: their means, and the gradients of the newest.
 
-        Where the epoch began or the run was resumed after the last line, they count from there.
+        The count begins anew at the start of an epoch and at a resume.
 
         Args:
             step: number of steps made.

@@ -91,7 +91,7 @@ class Guard:
         return good
 
     def step(self, optimizer: Optimizer, good: Tensor) -> None:
-        """Move the optimizer on; its weights and its state stay as they are unless `good`.
+        """Make a step of the optimizer; unless `good`, its weights and its state do not change.
 
         PyTorch's fused optimizers read a flag on the device themselves. For any other, the step is
         made and undone by `torch.where`; state that it makes in a bad first step becomes zero.
@@ -126,7 +126,7 @@ class Guard:
 
 
 def _moved(optimizer: Optimizer) -> list[Tensor]:
-    """Return what a step changes: the parameters with a gradient, and the optimizer's tensors."""
+    """Return the tensors that a step changes: parameters with a gradient, optimizer state."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     states = [optimizer.state.get(p, {}) for p in parameters]
     return [

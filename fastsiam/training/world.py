@@ -1,4 +1,4 @@
-"""The processes of a run: this one alone, or those that torchrun or accelerate started."""
+"""The processes of a run, which torchrun or accelerate started, or this one alone."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 
 class World:
-    """What a training step asks of the other processes; alone, nothing.
+    """The processes that share each batch of a run; one process alone shares nothing.
 
     Each process takes its share of the rows of a batch, and DistributedDataParallel averages the
     gradients. The weights of `share` make that average the gradient of the mean over the whole
     batch, however the rows fall.
 
     Args:
-        accelerator: of the processes; None: there is this one alone.
+        accelerator: of the processes; None: this process is alone.
     """
 
     def __init__(self, accelerator: Any = None) -> None:
@@ -31,7 +31,7 @@ class World:
         return self.rank == 0
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        """Return what to call in a step: the module, with averaged gradients where others are."""
+        """Return the module, with gradients averaged over the processes."""
         if self.size == 1:
             return module
         wrapped: nn.Module = self.accelerator.prepare_model(module)
