@@ -1,7 +1,7 @@
 """Render benchmarks/results/*.json: `python -m benchmarks.report [--check]`.
 
-Writes the README's tables between two markers and, beside each results file, a page with every row
-and its plots. With --check it writes nothing and fails where one of them is out of step.
+Writes the README's headline and tables between markers and, beside each results file, a page with
+every row and its plots. With --check it writes nothing and fails where one of them is out of step.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from benchmarks.results import RESULTS, Row, load
 
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+HEADLINE_BEGIN, HEADLINE_END = "<!-- headline: begin -->", "<!-- headline: end -->"
 NOTHING = (
     "No machine has been measured yet: `make bench` measures this one, `make report` fills this in."
 )
@@ -79,6 +80,26 @@ def machine_line(facts: Row) -> str:
         versions += [f"CUDA {facts['cuda']}", f"cuDNN {facts['cudnn']}"]
     commit = f"commit {facts['commit']}" + (" with changes" if facts["dirty"] else "")
     return f"{name}; {', '.join(versions)}; {commit}"
+
+
+def headline(results: dict[str, Any], plot: str) -> str:
+    """Return the README's sentence about one machine: the range of the speed-ups, and the plot."""
+    parts = []
+    for work in SHOWN:
+        found = []
+        rows = [row for row in results["rows"] if row["pass"] == work]
+        for _, some in group(rows, "case", "lengths", "dtype", "setting"):
+            times = by_contender(some)
+            if OURS in times and any(not row["ours"] for row in some):
+                found.append(best_rival(some)["median_s"] / times[OURS])
+        if found:
+            name = "scores" if work == "scoring" else "makes a training step"
+            parts.append(f"{name} {min(found):.1f} to {max(found):.1f} times as fast")
+    where = machine_line(results["machine"]).partition(";")[0]
+    return (
+        f"On {where}, it {' and '.join(parts)} as the fastest way to call `nn.LSTM`.\n\n"
+        f"![speed-up over the best nn.LSTM]({plot})"
+    )
 
 
 def summary(results: dict[str, Any], page: str) -> list[str]:
@@ -243,10 +264,8 @@ def render(readme: str, folder: Path) -> dict[Path, str]:
     Raises:
         ValueError: the README lacks the markers.
     """
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
-        raise ValueError(f"{README.name} must hold {BEGIN} and {END} once each")
     files: dict[Path, str] = {}
-    parts = []
+    parts, headlines = [], []
     for source in sorted(folder.glob("*.json")):
         results, stem = load(source), source.stem
         drawn = {"speedup": speed_up_plot, "floor": floor_plot, "error": error_plot}
@@ -255,10 +274,22 @@ def render(readme: str, folder: Path) -> dict[Path, str]:
         files[folder / f"{stem}.md"] = full_page(results, stem, plots)
         files |= {folder / name: text for name, text in plots.items()}
         parts.append("\n".join(summary(results, f"benchmarks/results/{stem}.md")))
-    before, _, rest = readme.partition(BEGIN)
-    after = rest.partition(END)[2]
-    body = "\n\n".join(parts) or NOTHING
-    return {README: f"{before}{BEGIN}\n{body}\n{END}{after}", **files}
+        headlines.append(headline(results, f"benchmarks/results/{stem}-speedup.svg"))
+    readme = between(readme, HEADLINE_BEGIN, HEADLINE_END, "\n\n".join(headlines) or NOTHING)
+    readme = between(readme, BEGIN, END, "\n\n".join(parts) or NOTHING)
+    return {README: readme, **files}
+
+
+def between(text: str, begin: str, end: str, body: str) -> str:
+    """Return a text with a new body between two markers.
+
+    Raises:
+        ValueError: the text lacks a marker.
+    """
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"{README.name} must hold {begin} and {end} once each")
+    before, _, rest = text.partition(begin)
+    return f"{before}{begin}\n{body}\n{end}{rest.partition(end)[2]}"
 
 
 def out_of_step(files: dict[Path, str], folder: Path) -> list[str]:

@@ -160,7 +160,8 @@ def machine(quick, tmp_path):
     return tmp_path
 
 
-TEXT = f"above\n{report.BEGIN}\nold\n{report.END}\nbelow\n"
+HEADLINE = f"{report.HEADLINE_BEGIN}\nold\n{report.HEADLINE_END}"
+TEXT = f"above\n{HEADLINE}\n{report.BEGIN}\nold\n{report.END}\nbelow\n"
 
 
 def test_report_is_the_same_twice_and_notices_a_change(machine):
@@ -190,6 +191,8 @@ def test_report_shows_a_loss(machine):
     assert text.startswith("above\n")
     assert text.endswith("\nbelow\n")
     assert "| 4 ms | 2 ms (trimmed) | **0.50x, slower** | 2.50x |" in text
+    cores = data["machine"]["cores"]
+    assert f"On some cpu, {cores} cores, it scores 0.5 to 0.5 times as fast and makes" in text
 
 
 def test_the_floor_is_drawn_for_a_gpu(machine):
