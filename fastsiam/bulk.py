@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from typing import Any, BinaryIO, NamedTuple
@@ -10,7 +11,6 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from fastsiam.functional import manhattan_similarity
 from fastsiam.model import TextSiamese
 from fastsiam.search import nearest_rows
 from fastsiam.text.files import DataError
@@ -18,9 +18,9 @@ from fastsiam.text.streams import (
     Block,
     Name,
     check_output,
-    read_pairs,
-    read_sentences,
+    pair_blocks,
     reading,
+    sentence_blocks,
     writing,
 )
 
@@ -90,7 +90,7 @@ def encode_file(
 
     tally = Tally()
     check_output("encode_file", out, source)
-    with reading(source) as stream, writing(out) as file:
+    with reading(source) as stream, writing(out) as file, ExitStack() as held:
         if str(out) == "-" or not file.seekable():
             raise ValueError(
                 "encode_file: out must be a file and no pipe, as the number of vectors stands "
@@ -98,9 +98,9 @@ def encode_file(
             )
         kind = np.dtype("<f8" if model.lstm.weight_hh_l0.dtype == torch.float64 else "<f4")
         _write_npy_header(file, kind, 0, model.vector_size)
-        for block in read_sentences(str(source), stream, column):
+        for block in sentence_blocks(str(source), stream, column):
             (sentences,) = block.columns
-            vectors, (rows,) = _distinct_vectors(model, [sentences], tally)
+            vectors, (rows,) = _distinct_vectors(model, [sentences], tally, held)
             file.write(vectors[rows].numpy().astype(kind, copy=False).tobytes())
             _count(tally, block, stream, on_block)
         file.seek(0)
@@ -143,14 +143,15 @@ def score_file(
     """
     tally = Tally()
     check_output("score_file", out, source)
-    with reading(source) as stream, writing(out) as file:
-        titled, blocks = read_pairs(str(source), stream, columns)
+    with reading(source) as stream, writing(out) as file, ExitStack() as held:
+        titled, blocks = pair_blocks(str(source), stream, columns)
         if titled:
             file.write(b"similarity\tscore\n")
         last = int(titled)
         for block in blocks:
-            vectors, (left, right) = _distinct_vectors(model, block.columns, tally)
-            similarity = manhattan_similarity(vectors[left], vectors[right], model.scale)
+            vectors, (left, right) = _distinct_vectors(model, block.columns, tally, held)
+            distance = model.measure.distance(vectors[left], vectors[right])
+            similarity = model.measure.value(distance, model.scale)
             gaps = ["\n" * (line - before - 1) for before, line in pairwise((last, *block.lines))]
             numbers = similarity.tolist(), model.to_score(similarity).tolist()
             rows = map("%s%.6g\t%.4f\n".__mod__, zip(gaps, *numbers, strict=True))
@@ -184,7 +185,7 @@ def search_file(
         on_block: called after each block.
 
     Returns:
-        For each query its hits, the smallest L1 distance first and equal ones by line; fewer than k
+        For each query its hits, the smallest distance first and equal ones by line; fewer than k
         where the corpus has fewer sentences.
 
     Raises:
@@ -201,18 +202,18 @@ def search_file(
     index = wanted.new_empty(len(queries), 0, dtype=torch.int64)
     texts: dict[int, tuple[int, str]] = {}  # of the sentences in `index`
     tally, count = Tally(), 0
-    with reading(corpus) as stream:
-        for block in read_sentences(str(corpus), stream, column):
+    with reading(corpus) as stream, ExitStack() as held:
+        for block in sentence_blocks(str(corpus), stream, column):
             (sentences,) = block.columns
             kept = [row for row, sentence in enumerate(sentences) if sentence.strip()]
             if stored is None:
-                distinct, (rows,) = _distinct_vectors(model, [sentences], tally)
+                distinct, (rows,) = _distinct_vectors(model, [sentences], tally, held)
                 candidates = distinct[rows[kept]]
             else:
                 candidates = _rows_of(stored, vectors, tally.rows, len(sentences))[kept]
             if kept:
                 found, rows = nearest_rows(
-                    "search_file", wanted, candidates.to(wanted), min(k, len(kept))
+                    "search_file", wanted, candidates.to(wanted), min(k, len(kept)), model.measure
                 )
                 # the earlier sentences stand first, and a stable sort leaves equal ones so
                 distance, order = torch.cat([distance, found], dim=1).sort(dim=1, stable=True)
@@ -228,7 +229,7 @@ def search_file(
         raise DataError(f"{corpus}: no sentence in the file")
     if stored is not None and len(stored) != tally.rows:
         raise DataError(f"{vectors}: holds {len(stored)} vectors, but {corpus} has {tally.rows}")
-    similarity = torch.exp(distance * -model.scale)
+    similarity = model.measure.value(distance, model.scale)
     return [
         [Hit(value, *texts[i]) for value, i in zip(values, places, strict=True)]
         for values, places in zip(similarity.tolist(), index.tolist(), strict=True)
@@ -248,7 +249,7 @@ def read_queries(source: Name, *, column: str | None = None) -> list[tuple[int, 
     with reading(source) as stream:
         found = [
             (line, sentence)
-            for block in read_sentences(str(source), stream, column)
+            for block in sentence_blocks(str(source), stream, column)
             for line, sentence in zip(block.lines, block.columns[0], strict=True)
             if sentence.strip()
         ]
@@ -258,9 +259,12 @@ def read_queries(source: Name, *, column: str | None = None) -> list[tuple[int, 
 
 
 def _distinct_vectors(
-    model: TextSiamese, columns: Sequence[list[str]], tally: Tally
+    model: TextSiamese, columns: Sequence[list[str]], tally: Tally, held: ExitStack
 ) -> tuple[Tensor, list[Tensor]]:
     """Compute each different sentence once.
+
+    From the block on by which the file has more words than the vocabulary, `held` holds the
+    projection of the whole vocabulary.
 
     Returns:
         The vectors, [m, vector_size], and for each column the rows of its sentences in them, [n].
@@ -270,7 +274,10 @@ def _distinct_vectors(
     number = {s: i for i, s in enumerate(dict.fromkeys(chain.from_iterable(columns)))}
     encoded = model.vocabulary.encode(list(number), model.max_len)
     tally.sentences += len(number)
-    tally.tokens += int(encoded.lengths.sum())
+    words = int(encoded.lengths.sum())
+    if tally.tokens <= len(model.vocabulary) < tally.tokens + words:
+        held.enter_context(model.prepared())
+    tally.tokens += words
     tally.unknown += encoded.unknown.total()
     tally.truncated += encoded.truncated
     rows = [

@@ -204,7 +204,7 @@ def manhattan_similarity(u: Tensor, v: Tensor, scale: float | Tensor = 1.0) -> T
             f"{who}: u and v must be [B, H] of one shape, got {list(u.shape)} and {list(v.shape)}"
         )
     scale = check_scale(who, scale, u.device)
-    return MANHATTAN.value(MANHATTAN.statistic(u, v), scale)
+    return MANHATTAN.value(MANHATTAN.distance(u, v), scale)
 
 
 def prepare(

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from fastsiam.calibration import Calibration
 from fastsiam.device import UnavailableError, pick_device
-from fastsiam.model_folder import Saved
+from fastsiam.engine.similarity import SIMILARITIES, Similarity
+from fastsiam.model_folder import ModelFolder
 from fastsiam.modules import SiameseLSTM
-from fastsiam.search import manhattan_topk
+from fastsiam.search import nearest_rows
 from fastsiam.text.columns import check_range
 from fastsiam.text.vocabulary import Encoded, Vocabulary
 
@@ -26,9 +27,9 @@ if TYPE_CHECKING:
 class TextSiamese:
     """A vocabulary with its word vectors, and the Siamese LSTM that reads them.
 
-    The word vectors stay as they are; `lstm` is the module to train. An ensemble has several such
-    `members`, of one shape and with the same word vectors: its similarity is the geometric mean of
-    theirs, which is exp(-L1) of their vectors side by side.
+    The word vectors are not trained; `lstm` is the module to train. An ensemble has several such
+    `members`, of one shape and with the same word vectors. Its Manhattan similarity is the
+    geometric mean of the members' similarities, its cosine similarity their mean.
 
     Args:
         vocabulary: the V words of the table.
@@ -36,6 +37,7 @@ class TextSiamese:
         hidden_size: H, states of a direction.
         bidirectional: as for `SiameseLSTM`.
         pooling: as for `SiameseLSTM`.
+        similarity: as for `SiameseLSTM`.
         scale: factor on the L1 distance, > 0; one for each member of an ensemble.
         learn_scale: as for `SiameseLSTM`.
         max_len: tokens of a sentence that are read, at least 1.
@@ -58,6 +60,7 @@ class TextSiamese:
         *,
         bidirectional: bool = False,
         pooling: str = "last",
+        similarity: str = "manhattan",
         scale: float | Sequence[float] = 0.25,
         learn_scale: bool = False,
         max_len: int = 73,
@@ -91,6 +94,7 @@ class TextSiamese:
                 bidirectional=bidirectional,
                 embedding=self.members[0].embedding if self.members else table,
                 pooling=pooling,
+                similarity=similarity,
                 scale=factor,
                 learn_scale=learn_scale,
                 backend=backend,
@@ -111,7 +115,8 @@ class TextSiamese:
         It scores in the range of the first and is not calibrated.
 
         Raises:
-            ValueError: there is none, or they differ in words, word vectors, shape or `max_len`.
+            ValueError: there is none, or they differ in words, word vectors, shape, similarity or
+                `max_len`.
         """
         if not models:
             raise ValueError("ensemble: models must hold at least one model, got none")
@@ -124,8 +129,8 @@ class TextSiamese:
             )
             if not alike:
                 raise ValueError(
-                    "ensemble: the models must have the same words, word vectors, shape and "
-                    "max_len; train them on the same files with seeds of their own"
+                    "ensemble: the models must have the same words, word vectors, shape, "
+                    "similarity and max_len; train them on the same files with seeds of their own"
                 )
         made = cls(
             first.vocabulary,
@@ -133,6 +138,7 @@ class TextSiamese:
             first.lstm.hidden_size,
             bidirectional=first.lstm.bidirectional,
             pooling=first.lstm.pooling,
+            similarity=first.lstm.similarity,
             scale=[_scale(member) for member in members],
             max_len=first.max_len,
             score_range=first.score_range,
@@ -148,6 +154,11 @@ class TextSiamese:
     def scale(self) -> float:
         """The factor on the L1 distance of the vectors of `encode`."""
         return _scale(self.lstm) if len(self.members) == 1 else 1.0
+
+    @property
+    def measure(self) -> Similarity:
+        """The similarity of vectors of `encode`, as an object."""
+        return SIMILARITIES[self.lstm.similarity]
 
     @property
     def vector_size(self) -> int:
@@ -175,7 +186,7 @@ class TextSiamese:
             batch_size: pairs that are computed together.
 
         Returns:
-            [n] float32 in (0, 1], on the CPU, in the order given; a float for two strings.
+            [n] float32 from 0 to 1, on the CPU, in the order given; a float for two strings.
 
         Raises:
             TypeError: one side is a string and the other is not.
@@ -210,8 +221,9 @@ class TextSiamese:
     def encode(self, sentences: Sequence[str], batch_size: int = 256) -> Tensor:
         """Return the vectors of n sentences, [n, vector_size] on the CPU, in the order given.
 
-        Two sentences score exp(-scale * L1 distance of their vectors). The vectors of an ensemble's
-        members stand side by side, each times its factor by the number of members.
+        Two sentences score exp(-scale * L1 distance of their vectors), or (1 + cosine) / 2. The
+        vectors of an ensemble's members stand side by side: times its scale by the number of
+        members each, or as unit vectors.
         """
         return self.vectors(self._read(sentences), batch_size)
 
@@ -223,13 +235,13 @@ class TextSiamese:
             dtype=self.lstm.weight_hh_l0.dtype,
             device="cpu",
         )
-        shares = [_scale(member) / len(self.members) for member in self.members]
+        scales = [_scale(member) for member in self.members]
         with self._prepared_for(encoded):
             for rows in _by_length(encoded.lengths, batch_size):
-                parts = [member.encode(*cut(encoded, rows, self.device)) for member in self.members]
-                if len(parts) > 1:
-                    parts = [part * share for part, share in zip(parts, shares, strict=True)]
-                vectors[rows] = torch.cat(parts, dim=1).to(vectors)
+                inputs = cut(encoded, rows, self.device)
+                parts = [member.encode(*inputs) for member in self.members]
+                joined = self.measure.join(parts, scales) if len(parts) > 1 else parts[0]
+                vectors[rows] = joined.to(vectors)
         return vectors
 
     @torch.no_grad()
@@ -250,7 +262,7 @@ class TextSiamese:
             batch_size: sentences that are computed together.
 
         Returns:
-            Similarities in (0, 1], float32, the highest first, and the sentences' numbers in the
+            Similarities from 0 to 1, float32, the highest first, and the sentences' numbers in the
             corpus, int64: [n, k] each, or [k] for one string, on the CPU. Of equal ones the smaller
             number comes first.
 
@@ -275,7 +287,8 @@ class TextSiamese:
         if not 1 <= k <= len(corpus):
             raise ValueError(f"search: k must be 1 to {len(corpus)}, the corpus, got {k}")
         queries = self.encode([query] if isinstance(query, str) else query, batch_size).to(corpus)
-        similarity, index = manhattan_topk(queries, corpus, k, scale=self.scale)
+        distance, index = nearest_rows("search", queries, corpus, k, self.measure)
+        similarity = self.measure.value(distance, self.scale).float()
         if isinstance(query, str):
             similarity, index = similarity[0], index[0]
         return similarity.cpu(), index.cpu()
@@ -300,7 +313,7 @@ class TextSiamese:
             OSError: the folder cannot be written.
             ValueError: a learned scale is 0, infinite or NaN, with which no model can be loaded.
         """
-        Saved(
+        ModelFolder(
             self.vocabulary,
             _table(self),
             [_own_weights(member) for member in self.members],
@@ -308,6 +321,7 @@ class TextSiamese:
             self.lstm.hidden_size,
             self.lstm.bidirectional,
             self.lstm.pooling,
+            self.lstm.similarity,
             self.max_len,
             self.score_range,
             self.calibration,
@@ -327,13 +341,14 @@ class TextSiamese:
             ValueError: the backend or the device has no such name.
             UnavailableError: the device or the backend cannot be used on this machine.
         """
-        saved = Saved.read(folder)
+        saved = ModelFolder.read(folder)
         model = cls(
             saved.vocabulary,
             saved.table,
             saved.hidden_size,
             bidirectional=saved.bidirectional,
             pooling=saved.pooling,
+            similarity=saved.similarity,
             scale=saved.scales,
             max_len=saved.max_len,
             score_range=saved.score_range,
@@ -369,7 +384,7 @@ class TextSiamese:
             scored: Tensor = self.lstm(*inputs)
         else:
             logs = [member.log_similarity(*inputs) for member in self.members]
-            scored = torch.stack(logs).mean(dim=0).exp()
+            scored = self.measure.average(torch.stack(logs))
         return scored.float().cpu()
 
     def _read(self, sentences: Sequence[str]) -> Encoded:
@@ -395,7 +410,7 @@ def _scale(member: SiameseLSTM) -> float:
 
 def _shape(model: TextSiamese) -> tuple[Any, ...]:
     lstm = model.lstm
-    return (lstm.hidden_size, lstm.bidirectional, lstm.pooling, model.max_len)
+    return (lstm.hidden_size, lstm.bidirectional, lstm.pooling, lstm.similarity, model.max_len)
 
 
 def _own_weights(member: SiameseLSTM) -> dict[str, Tensor]:

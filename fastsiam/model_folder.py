@@ -15,20 +15,21 @@ from torch import Tensor
 
 from fastsiam.calibration import Calibration
 from fastsiam.checks import POOLINGS
+from fastsiam.engine.similarity import SIMILARITIES
 from fastsiam.text.columns import is_range
 from fastsiam.text.files import DataError, short
 from fastsiam.text.vocabulary import Vocabulary
 from fastsiam.text.whole_file import write_file
 
-FORMAT = 2  # of a saved folder; raised when an older fastsiam could no longer read one
+FORMAT = 3  # of a saved folder; raised when an older fastsiam could no longer read one
 CONFIG_FILE, VOCABULARY_FILE, WEIGHTS_FILE = "config.json", "vocabulary.json", "model.safetensors"
 TABLE = "embedding.weight"  # name of the word vectors among the weights
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # those of SiameseLSTM
 
 
 @dataclass(frozen=True)
-class Saved:
-    """What a folder holds: `config.json`, `vocabulary.json` and `model.safetensors`.
+class ModelFolder:
+    """The content of a folder: `config.json`, `vocabulary.json` and `model.safetensors`.
 
     Attributes:
         vocabulary: the V words of the table.
@@ -38,6 +39,7 @@ class Saved:
         hidden_size: H, states of a direction.
         bidirectional: as for `SiameseLSTM`.
         pooling: as for `SiameseLSTM`.
+        similarity: as for `SiameseLSTM`.
         max_len: tokens of a sentence that are read.
         score_range: lowest and highest score of the scale.
         calibration: map of the similarities; None: none.
@@ -50,6 +52,7 @@ class Saved:
     hidden_size: int
     bidirectional: bool
     pooling: str
+    similarity: str
     max_len: int
     score_range: tuple[float, float]
     calibration: Calibration | None
@@ -76,6 +79,7 @@ class Saved:
             "hidden_size": self.hidden_size,
             "bidirectional": self.bidirectional,
             "pooling": self.pooling,
+            "similarity": self.similarity,
             "scales": self.scales,
             "max_len": self.max_len,
             "score_range": list(self.score_range),
@@ -90,7 +94,7 @@ class Saved:
         write_file(folder / CONFIG_FILE, _to_json(config))
 
     @classmethod
-    def read(cls, folder: str | os.PathLike[str]) -> Saved:
+    def read(cls, folder: str | os.PathLike[str]) -> ModelFolder:
         """Read and check a folder; nothing in its files is run.
 
         Raises:
@@ -118,6 +122,7 @@ class Saved:
             config["hidden_size"],
             config["bidirectional"],
             config["pooling"],
+            config["similarity"],
             config["max_len"],
             tuple(config["score_range"]),
             config["calibration"],
@@ -167,6 +172,8 @@ def _read_config(path: Path) -> dict[str, Any]:
             "scales": [config.get("scale")],
             "calibration": None,
         }
+    if config["format"] < 3:
+        config["similarity"] = "manhattan"
     for name in ("input_size", "hidden_size", "max_len"):
         value = config.get(name)
         if type(value) is not int or value < 1:
@@ -182,11 +189,11 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise DataError(
             f"{path}: bidirectional must be true or false, got {short(config.get('bidirectional'))}"
         )
-    if config.get("pooling") not in POOLINGS:
-        raise DataError(
-            f"{path}: pooling must be one of {', '.join(POOLINGS)}, "
-            f"got {short(config.get('pooling'))}"
-        )
+    for name, choices in (("pooling", POOLINGS), ("similarity", SIMILARITIES)):
+        if config.get(name) not in tuple(choices):
+            raise DataError(
+                f"{path}: {name} must be one of {', '.join(choices)}, got {short(config.get(name))}"
+            )
     calibration = config.get("calibration")
     try:
         config["calibration"] = None if calibration is None else Calibration.from_dict(calibration)

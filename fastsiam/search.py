@@ -1,8 +1,8 @@
-"""Search: the rows of a corpus nearest to queries by L1, in bounded memory.
+"""Search: the rows of a corpus nearest to queries, in bounded memory.
 
-A pair's L1 and the corpus row's index are one 64-bit number: bits of a float32 that is not negative
-order as the float does. So no two candidates are equal, and the smallest k are the same whichever
-pieces the corpus comes in: equal distances stand by index.
+A distance and the index of its row are one 64-bit key: the bits of a float32 of 0 or more have the
+order of the float. So no two keys are equal, and the smallest k keys do not depend on the pieces
+that the corpus is read in. Equal distances come in the order of their indices.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 from fastsiam.checks import check_scale, check_tensor
 from fastsiam.engine.layer import without_autocast
 from fastsiam.engine.select import takes_triton
-from fastsiam.engine.similarity import MANHATTAN
+from fastsiam.engine.similarity import MANHATTAN, SIMILARITIES, Similarity
 
 __all__ = ["manhattan_topk", "nearest_rows"]
 
@@ -23,10 +23,6 @@ LIMITS = {"cpu": (2**18, 2**22)}
 LIMITS_ELSEWHERE = (2**24, 2**26)
 # queries at once, so that a piece of the corpus is long where there are many of both
 QUERIES = 1024
-# features from which three passes over rows in cache beat torch.cdist on the CPU, and the numbers
-# that these work on
-WIDE = 128
-CACHED = 2**19
 
 
 def manhattan_topk(
@@ -61,18 +57,23 @@ def manhattan_topk(
     """
     check_tensor("manhattan_topk", "queries", queries)
     scale = check_scale("manhattan_topk", scale, queries.device)
-    distance, index = nearest_rows("manhattan_topk", queries, corpus, k, backend)
+    distance, index = nearest_rows("manhattan_topk", queries, corpus, k, backend=backend)
     with torch.no_grad():
         return MANHATTAN.value(distance, scale).float(), index
 
 
 def nearest_rows(
-    who: str, queries: Tensor, corpus: Tensor, k: int, backend: str = "auto"
+    who: str,
+    queries: Tensor,
+    corpus: Tensor,
+    k: int,
+    similarity: Similarity = MANHATTAN,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Return L1, [Q, k] float32, and indices of the k rows of corpus nearest to each query.
+    """Return distances, [Q, k] float32, and indices of the k rows of corpus nearest to each query.
 
-    `manhattan_topk` makes similarities of these; those of large distances are all 0. Arguments and
-    errors are those of `manhattan_topk`; messages name `who`.
+    `Similarity.value` makes similarities of the distances; of large ones they are all 0. Arguments
+    and errors are those of `manhattan_topk`; messages name `who`.
     """
     check_tensor(who, "queries", queries)
     check_tensor(who, "corpus", corpus)
@@ -95,48 +96,24 @@ def nearest_rows(
         raise ValueError(
             f"{who}: k must be between 1 and the {corpus.shape[0]} rows of corpus, got {k}"
         )
-    triton = takes_triton(who, backend, queries.device, queries.dtype)
+    triton = takes_triton(who, backend, queries.device, queries.dtype) and similarity.fused
     with torch.no_grad(), without_autocast(queries.device.type):
         # torch.compile and fake tensors do not look into a kernel's launcher
         traced = torch.compiler.is_compiling() or type(queries) is not Tensor
-        return (_nearest_op if traced else _nearest)(queries, corpus, k, triton)
+        return (_nearest_op if traced else _nearest)(queries, corpus, k, similarity.name, triton)
 
 
-def _pairs(queries: Tensor, corpus: Tensor) -> Tensor:
-    """Return L1 of each row of queries, [Q, F], and each of corpus, [M, F], as [Q, M] float32.
+def _nearest(
+    queries: Tensor, corpus: Tensor, k: int, similarity: str, triton: bool
+) -> tuple[Tensor, Tensor]:
+    """Return distances, [Q, k] float32 ascending, NaN last, and row numbers, [Q, k] int64.
 
-    A pair's number does not depend on the other rows.
+    With `triton` the distances come from the Triton kernel.
     """
-    if queries.dtype != torch.float64:
-        queries, corpus = queries.float(), corpus.float()
-    F = queries.shape[1]
-    if F < WIDE or queries.device.type != "cpu":
-        return torch.cdist(queries, corpus, p=1).float()
-    distance = queries.new_empty(queries.shape[0], corpus.shape[0])
-    rows = max(1, CACHED // F)
-    for some, out in zip(corpus.split(rows), distance.split(rows, dim=1), strict=True):
-        difference = torch.empty_like(some)
-        for query, its in zip(queries, out, strict=True):
-            torch.sub(some, query, out=difference)
-            torch.sum(difference.abs_(), dim=1, out=its)
-    return distance.float()
-
-
-def _nearest(queries: Tensor, corpus: Tensor, k: int, triton: bool) -> tuple[Tensor, Tensor]:
-    """Return L1 of the k rows of corpus nearest to each query, and their row numbers.
-
-    Args:
-        queries: [Q, F].
-        corpus: [M, F].
-        k: 1 <= k <= M.
-        triton: whether the pairs' distances come from the Triton kernel.
-
-    Returns:
-        [Q, k] float32 ascending, NaN last, and [Q, k] int64.
-    """
-    pairs = _pairs
     if triton:
         from fastsiam.kernels.pairwise import manhattan_pairs as pairs
+    else:
+        pairs = SIMILARITIES[similarity].distances
     Q, M, F = queries.shape[0], *corpus.shape
     device = queries.device
     together, numbers = LIMITS.get(device.type, LIMITS_ELSEWHERE)
@@ -161,7 +138,9 @@ _nearest_op = torch.library.custom_op("fastsiam::nearest_rows", _nearest, mutate
 
 
 @_nearest_op.register_fake
-def _(queries: Tensor, corpus: Tensor, k: int, triton: bool) -> tuple[Tensor, Tensor]:
-    del corpus, triton  # a fake has its operator's arguments
+def _(
+    queries: Tensor, corpus: Tensor, k: int, similarity: str, triton: bool
+) -> tuple[Tensor, Tensor]:
+    del corpus, similarity, triton  # a fake has its operator's arguments
     distance = queries.new_empty(queries.shape[0], k, dtype=torch.float32)
     return distance, torch.empty_like(distance, dtype=torch.int64)

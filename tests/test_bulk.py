@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -539,3 +540,27 @@ def test_a_broken_pipe_ends_quietly(folder, tmp_path):
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 141
+
+
+def words_of(sentences):
+    return sum(len(sentence.split()) for sentence in sentences)
+
+
+def test_the_vocabulary_is_projected_once_for_a_file(model, tmp_path, monkeypatch):
+    """As soon as the file has more words than the vocabulary, and for the rest of the file."""
+    monkeypatch.setattr(streams, "ROWS", 4)
+    blocks, spans, real = [], [], TextSiamese.prepared
+
+    @contextmanager
+    def prepared(self):
+        start = len(blocks)
+        with real(self):
+            yield
+        spans.append((start, len(blocks)))
+
+    monkeypatch.setattr(TextSiamese, "prepared", prepared)
+    source = write(tmp_path / "x", "\n".join(LEFT))
+    encode_file(model, source, tmp_path / "v.npy", on_block=blocks.append)
+    first = next(i for i in range(15) if words_of(LEFT[: 4 * i + 4]) > len(model.vocabulary))
+    assert spans[-1] == (first, 15)
+    np.testing.assert_allclose(np.load(tmp_path / "v.npy"), model.encode(LEFT).numpy(), atol=1e-6)

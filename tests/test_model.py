@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import WORDS, D
 
+from fastsiam.bulk import score_file, search_file
 from fastsiam.calibration import Calibration
 from fastsiam.device import UnavailableError, pick_device
 from fastsiam.model import TextSiamese
@@ -248,7 +249,11 @@ DAMAGE = {
     "no JSON": (lambda f: (f / "config.json").write_text("{"), "must be JSON"),
     "a list": (lambda f: (f / "config.json").write_text("[]"), "not a configuration"),
     "no format": (lambda f: edit_config(f, format=True), "not a configuration"),
-    "newer": (lambda f: edit_config(f, format=3), "newer fastsiam .format 3"),
+    "similarity": (
+        lambda f: edit_config(f, similarity="l2"),
+        "similarity must be one of manhattan, cosine, got 'l2'",
+    ),
+    "newer": (lambda f: edit_config(f, format=4), "newer fastsiam .format 4"),
     "no size": (lambda f: edit_config(f, hidden_size="5"), "hidden_size must be a positive int"),
     "negative scale": (lambda f: edit_config(f, scales=[-1.0]), "scales must be positive floats"),
     "endless scale": (
@@ -407,6 +412,66 @@ def test_an_ensemble_is_the_mean_of_its_members(tmp_path):
     assert len({id(member.embedding.weight) for member in loaded.members}) == 1
     names = load_file(tmp_path / "model.safetensors")
     assert sum(name.endswith("embedding.weight") for name in names) == 1
+
+
+def as_cosine(vectors, others):
+    """(1 + cos) / 2 by numpy; the cosine with a zero vector is 0."""
+    u, v = (t.double().numpy() for t in (vectors, others))
+    norms = np.linalg.norm(u, axis=1) * np.linalg.norm(v, axis=1)
+    return (1 + (u * v).sum(axis=1) / np.where(norms == 0, 1, norms)) / 2
+
+
+@pytest.mark.parametrize("members", [1, 3])
+def test_cosine_is_scored_encoded_searched_and_saved(tmp_path, members):
+    models = []
+    for seed in range(members):
+        made = make_model(similarity="cosine", bidirectional=True)
+        torch.manual_seed(seed)
+        for p in made.lstm.parameters():
+            torch.nn.init.normal_(p, std=0.5) if p.requires_grad else None
+        models.append(made)
+    model = models[0] if members == 1 else TextSiamese.ensemble(models)
+    expected = np.mean([as_cosine(m.encode(LEFT), m.encode(RIGHT)) for m in models], axis=0)
+    assert np.allclose(model.similarity(LEFT, RIGHT).numpy(), expected, atol=1e-6)
+    # the vectors side by side have the ensemble's similarity
+    assert np.allclose(as_cosine(model.encode(LEFT), model.encode(RIGHT)), expected, atol=1e-6)
+    corpus = [*RIGHT, *RIGHT]  # each twice: the first comes first
+    whole = np.stack([model.similarity([query] * len(corpus), corpus) for query in LEFT])
+    similarity, index = model.search(LEFT, corpus, k=len(corpus))
+    assert np.allclose(np.take_along_axis(whole, index.numpy(), 1), similarity.numpy(), atol=1e-6)
+    assert (similarity.diff() <= 0).all()
+    places = index.argsort(dim=1)
+    assert (places[:, : len(RIGHT)] < places[:, len(RIGHT) :]).all()
+    model.save_pretrained(tmp_path)
+    again = TextSiamese.from_pretrained(tmp_path, device="cpu")
+    assert again.lstm.similarity == "cosine"
+    assert torch.equal(again.similarity(LEFT, RIGHT), model.similarity(LEFT, RIGHT))
+    pairs = tmp_path / "pairs.tsv"
+    rows = (f"{left}\t{right}\n" for left, right in zip(LEFT, RIGHT, strict=True))
+    pairs.write_text("".join(["sentence1\tsentence2\n", *rows]))
+    score_file(model, pairs, tmp_path / "scores", columns=("sentence1", "sentence2"))
+    found = np.loadtxt(tmp_path / "scores", skiprows=1)[:, 0]
+    assert np.allclose(found, expected, atol=1e-5)
+    corpus_file = tmp_path / "corpus.txt"
+    corpus_file.write_text("".join(f"{text}\n" for text in RIGHT))
+    (hits,) = search_file(model, ["the cat runs"], corpus_file, 3)
+    best = sorted((-value, i) for i, value in enumerate(whole[0, : len(RIGHT)]) if RIGHT[i])[:3]
+    assert [hit.line - 1 for hit in hits] == [i for _, i in best]
+    assert [hit.similarity for hit in hits] == pytest.approx([-v for v, _ in best], abs=1e-6)
+
+
+def test_an_ensemble_of_two_similarities_is_refused():
+    with pytest.raises(ValueError, match="the same words, word vectors, shape, similarity and"):
+        TextSiamese.ensemble([make_model(), make_model(similarity="cosine")])
+
+
+def test_a_folder_of_the_second_format_is_manhattan(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config.pop("similarity") == "manhattan"
+    (tmp_path / "config.json").write_text(json.dumps(config | {"format": 2}))
+    again = TextSiamese.from_pretrained(tmp_path, device="cpu")
+    assert torch.equal(again.similarity(LEFT, RIGHT), model.similarity(LEFT, RIGHT))
 
 
 def test_an_ensemble_has_weights_of_its_own():

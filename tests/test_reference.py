@@ -101,7 +101,7 @@ def test_gradients(check, masked):
         states = reference.lstm_states(x, lengths, weight_ih, weight_hh, bias_ih + bias_hh)
         h = reference.pool(states, lengths, "mask" if masked else "last", mask)
         # one with itself: 0; the others are apart, so L1 has a derivative
-        return torch.exp(-MANHATTAN.statistic(h[:2], h[1:])), h
+        return torch.exp(-MANHATTAN.distance(h[:2], h[1:])), h
 
     assert check(score, (x, *w))
 
@@ -109,4 +109,4 @@ def test_gradients(check, masked):
 def test_distance():
     u = torch.tensor([[1.0, -2.0], [0.5, 0.0]])
     v = torch.tensor([[-1.0, 1.0], [0.5, 0.0]])
-    assert MANHATTAN.statistic(u, v).tolist() == [5.0, 0.0]
+    assert MANHATTAN.distance(u, v).tolist() == [5.0, 0.0]

@@ -8,6 +8,8 @@ import torch
 from scipy.spatial.distance import cdist
 
 from fastsiam import search
+from fastsiam.engine import similarity as similarity_objects
+from fastsiam.engine.similarity import MANHATTAN
 from fastsiam.functional import manhattan_similarity, manhattan_topk
 
 DEVICE = "cuda" if os.environ.get("TRITON_INTERPRET") != "1" else "cpu"
@@ -65,7 +67,7 @@ def test_pieces_change_no_bit(backend, F, monkeypatch, request):
     whole = manhattan_topk(queries, corpus, 9, scale=0.1, backend=backend)
     monkeypatch.setattr(search, "LIMITS", {})
     # of the wide rows four at once
-    monkeypatch.setattr(search, "CACHED", 800)
+    monkeypatch.setattr(similarity_objects, "CACHED", 800)
     # pieces of 5 x 37, of 2 x 30, of 2 x 4 where 9 are asked for, and of one query by 17
     for pairs, rows, numbers in (
         (5 * 37, 5, 2**20),
@@ -144,8 +146,8 @@ def test_memory_is_bounded(Q, M, F, k, monkeypatch):
         return distance
 
     rows = torch.arange(float(M)).unsqueeze(1).expand(M, F)
-    monkeypatch.setattr(search, "_pairs", pairs)
-    _, index = search.nearest_rows("f", rows[:Q], rows, k, "torch")
+    monkeypatch.setattr(MANHATTAN, "distances", pairs)
+    _, index = search.nearest_rows("f", rows[:Q], rows, k, backend="torch")
     assert index[:, 0].tolist() == list(range(Q))
     assert len(sizes) > 1
     assert sum(sizes) == Q * M
@@ -155,7 +157,7 @@ def test_memory_is_bounded(Q, M, F, k, monkeypatch):
 def test_operator_is_registered_as_pytorch_wants(fused_backend):
     queries, corpus = grid(3, 20, 6)
     operator = torch.ops.fastsiam.nearest_rows
-    torch.library.opcheck(operator, (queries, corpus, 4, fused_backend == "triton"))
+    torch.library.opcheck(operator, (queries, corpus, 4, "manhattan", fused_backend == "triton"))
     compiled = torch.compile(manhattan_topk, backend="aot_eager", fullgraph=True)
     for a, b in zip(
         compiled(queries, corpus, 4, backend=fused_backend),

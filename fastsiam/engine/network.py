@@ -97,17 +97,17 @@ def score(
     """Return the similarities of the pairs, [B], or their logarithms."""
     number = scale if isinstance(scale, float) else 1.0
     outputs = _run(who, network, batch, projection, number if similarity.fused else None)
-    statistic = outputs.distance
-    if statistic is None:
+    distance = outputs.distance
+    if distance is None:
         h = outputs.vectors
         # not chunk(2): of a free batch size, torch.export cannot tell how many parts that makes
         left, right = h.view(2, h.shape[0] // 2, h.shape[1]).to(compute_dtype(h.dtype))
-        statistic = similarity.statistic(left, right)
+        distance = similarity.distance(left, right)
     if log:
-        return similarity.log(statistic, scale)
+        return similarity.log(distance, scale)
     if outputs.similarity is not None and isinstance(scale, float):
         return outputs.similarity
-    return similarity.value(statistic, scale)
+    return similarity.value(distance, scale)
 
 
 def _run(

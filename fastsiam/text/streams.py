@@ -30,7 +30,7 @@ class Block(NamedTuple):
     columns: list[list[str]]
 
 
-def read_sentences(name: str, stream: BinaryIO, column: str | None) -> Iterator[Block]:
+def sentence_blocks(name: str, stream: BinaryIO, column: str | None) -> Iterator[Block]:
     """Yield the lines of a text, or one column of a table.
 
     Args:
@@ -52,7 +52,7 @@ def read_sentences(name: str, stream: BinaryIO, column: str | None) -> Iterator[
         yield Block(numbers, [list(sentences)])
 
 
-def read_pairs(
+def pair_blocks(
     name: str, stream: BinaryIO, columns: Sequence[str] | None
 ) -> tuple[bool, Iterator[Block]]:
     """Read two columns of a table.
@@ -71,7 +71,7 @@ def read_pairs(
         ValueError: `columns` is not two names.
     """
     if columns is not None and (isinstance(columns, str) or len(columns) != 2):
-        raise ValueError(f"read_pairs: columns must be two names, got {columns!r}")
+        raise ValueError(f"pair_blocks: columns must be two names, got {columns!r}")
     table = _open_table(name, stream, columns)
     if columns is None:
         for left, right, _ in KNOWN_HEADERS:

@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 from fastsiam.checks import POOLINGS
 from fastsiam.engine.select import NAMES as BACKENDS
+from fastsiam.engine.similarity import SIMILARITIES
 
 LEARNING_RATES = {"adam": 2e-3, "adadelta": 1.0}  # where none is given
 FORGET_BIASES = {"orig": 2.5, "seed": 1.0, "pytorch": None}  # None: as drawn
@@ -223,6 +224,9 @@ class Config:
     bidirectional: bool = setting(False, "A second direction reads from the end.", group="Model")
     pooling: str = setting(
         "last", "Sentence vector, from the hidden states.", group="Model", choices=POOLINGS
+    )
+    similarity: str = setting(
+        "manhattan", "Similarity of two vectors.", group="Model", choices=SIMILARITIES
     )
     scale: float = setting(
         0.25, "Factor on the L1 distance, or its start.", group="Model", within=POSITIVE

@@ -11,6 +11,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from fastsiam.engine.layer import compute_dtype
+from fastsiam.engine.similarity import SIMILARITIES
 from fastsiam.modules import SiameseLSTM
 from fastsiam.training.config import Config
 
@@ -115,7 +116,9 @@ class AuxiliaryLoss(nn.Module):
         """Return the loss of a batch."""
         u, v = self._vectors(batch.inputs)
         distance = (u - v).abs()
-        similarity = torch.exp(-self.module.scale * distance.to(compute_dtype(u.dtype)).sum(dim=1))
+        measure = SIMILARITIES[self.module.similarity]
+        u_exact, v_exact = (side.to(compute_dtype(side.dtype)) for side in (u, v))
+        similarity = measure.value(measure.distance(u_exact, v_exact), self.module.scale)
         target = batch.target.to(similarity.dtype)
         loss = F.mse_loss(similarity, target)
         if self.heads:

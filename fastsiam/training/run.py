@@ -108,6 +108,7 @@ def train(config: Config, watcher: Watcher | None = None, inputs: Inputs | None 
         config.hidden_size,
         bidirectional=config.bidirectional,
         pooling=config.pooling,
+        similarity=config.similarity,
         scale=config.scale,
         learn_scale=config.learn_scale,
         max_len=config.max_len,
